@@ -1,0 +1,70 @@
+"""Every error qcompile raises on purpose, in one tree.
+
+    QCompileError
+    ├── ConfigError       a quantization config, or an argument of compile(), is wrong
+    ├── CheckpointError   a tensor is missing, left over, or has the wrong shape, dtype or content
+    ├── CaptureError      the model cannot be exported to a graph
+    ├── LoweringError     a node or layer has no kernel on the target (only under strict)
+    ├── ArtifactError     a compiled artifact is damaged, unknown, or not for this machine
+    ├── ToolchainError    a compiler component is missing or failed
+    └── InternalError     qcompile broke one of its own rules: please report it
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QCompileError(Exception):
+    """Base of all errors: a message of up to four labelled lines (where, found, expected, try).
+
+    Attributes: `where`, `found`, `expected`, `remedy` (each a string, empty when it does not apply).
+    """
+
+    def __init__(self, summary: str, *, where: str = "", found: object = "", expected: object = "", remedy: str = ""):
+        self.summary, self.where, self.remedy = summary, where, remedy
+        self.found, self.expected = str(found), str(expected)
+        lines = [summary]
+        for label, text in (("where", where), ("found", self.found), ("expected", self.expected), ("try", remedy)):
+            if text:
+                lines.append(f"  {label + ':':<10}{text}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(QCompileError):
+    """A quantization config, or an argument of compile(), is wrong."""
+
+
+class CheckpointError(QCompileError):
+    """A tensor is missing, left over, or has the wrong shape, dtype or content."""
+
+
+class CaptureError(QCompileError):
+    """The model cannot be exported to a graph."""
+
+
+class LoweringError(QCompileError):
+    """A node or layer has no kernel on the target, and the caller asked for strict."""
+
+
+class ArtifactError(QCompileError):
+    """A compiled artifact is damaged, unknown, or not for this machine."""
+
+
+class ToolchainError(QCompileError):
+    """A compiler component is missing or failed."""
+
+
+class InternalError(QCompileError):
+    """qcompile broke one of its own rules."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` when a known name is close to `name`, else an empty string.
+
+    >>> near("gtpq", ["gptq", "awq"])
+    ", did you mean 'gptq'?"
+    """
+    hits = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean '{hits[0]}'?" if hits else ""
