@@ -1,0 +1,69 @@
+"""A model on its way through the compiler: an FX graph, where its tensors come from, and how it is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qcompile.dims import Dim
+
+if TYPE_CHECKING:
+    from qcompile.report import Report
+    from qcompile.sources import Ledger, TensorSource
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the source model that holds a weight.
+
+    `kind` is "Linear", "Conv1D" (weight [K, N]) or "Embedding"; `n` outputs (rows of an embedding), `k` inputs.
+    `weight` and `bias` are tensor names in the source (bias is None where there is none).
+    `tied` names other modules that share the weight. `output_embedding` is true for a language model's head.
+    """
+
+    path: str
+    kind: Literal["Linear", "Conv1D", "Embedding"]
+    n: int
+    k: int
+    weight: str
+    bias: str | None = None
+    dtype: str = "f32"
+    tied: tuple[str, ...] = ()
+    output_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the graph in order: name, dtype and shape as the graph sees them (a str is a named size)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    `graph` is an FX GraphModule of ATen and qcompile operators. Each placeholder is one of `inputs`, in order, or a
+    state tensor named in `states` (after them). Each parameter, buffer or stored tensor is a `get_attr` node whose
+    `meta["tensor"]` is its name and whose value is `tensors[name]`; a float parameter not yet read is on the meta device.
+    Every node has `meta["val"]` (a FakeTensor), `meta["module"]` (module path, "" at the top) and, when a pass made it,
+    `meta["made_by"]`. `sizes` maps each named size to its (least, greatest) value.
+    """
+
+    graph: torch.fx.GraphModule
+    kind: Literal["causal-lm", "module"]
+    modules: dict[str, Module]
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    sizes: dict[str, tuple[int, int]]
+    tensors: dict[str, torch.Tensor]
+    source: TensorSource
+    ledger: Ledger
+    report: Report
+    states: dict[str, Input] = field(default_factory=dict)
+    model_config: dict[str, Any] = field(default_factory=dict)
+    quantization_config: dict[str, Any] | None = None
