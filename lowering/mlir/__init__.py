@@ -1,0 +1,1 @@
+"""CPU kernels as MLIR text, and the rules that choose them."""
