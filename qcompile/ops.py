@@ -1,15 +1,30 @@
-"""qcompile's own graph operators, each with its eager implementation: the meaning of a node, and every kernel's oracle."""
+"""qcompile's own graph operators, each with its eager implementation: a node's meaning and every kernel's oracle."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of a linear node: `format` (a format's JSON), `n` rows, `tensors` stored tensors in the operand list."""
+    """One weight of a linear node: `format` (a format's JSON), `n` rows, `tensors` stored tensors among the operands."""
 
     format: dict[str, Any]
     n: int
@@ -22,12 +37,13 @@ class LinearSpec:
 
     y = epilogue(prologue(x) @ cat(W of parts).T + bias).
 
-    `prologue`: None, {"op": "rms_norm", "eps": e, "offset": 0 or 1} (weight + offset multiplies) or {"op": "layer_norm", "eps": e}.
-    `epilogue`, in order: {"op": "silu" | "gelu" | "gelu_tanh" | "relu" | "sigmoid" | "tanh"}; {"op": "add"} and {"op": "mul"}
-    (the next extra tensor, shaped like y); {"op": "glu", "act": name}: the rows of the two halves of N give
-    act(first half) * second half, so y has N/2 columns.
-    Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a prologue; one for
-    each add or mul.
+    `prologue`: None, {"op": "rms_norm", "eps": e, "offset": 0 or 1} (weight + offset multiplies) or
+    {"op": "layer_norm", "eps": e}.
+    `epilogue`, in order: {"op": "silu" | "gelu" | "gelu_tanh" | "relu" | "sigmoid" | "tanh"}; {"op": "add"} and
+    {"op": "mul"} (the next extra tensor, shaped like y); {"op": "glu", "act": name}: the rows of the two halves of N
+    give act(first half) * second half, so y has N/2 columns.
+    Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a
+    prologue; one for each add or mul.
     `accuracy` is "exact" (float activations) or "int8" (activations rounded to int8 per `act_group` inputs).
     """
 
@@ -37,6 +53,7 @@ class LinearSpec:
     prologue: dict[str, Any] | None = None
     epilogue: tuple[dict[str, Any], ...] = ()
     accuracy: str = "exact"
+    act_group: int = 32
 
     @property
     def n(self) -> int:
@@ -55,3 +72,254 @@ class LinearSpec:
         data["parts"] = tuple(Part(**part) for part in data["parts"])
         data["epilogue"] = tuple(data["epilogue"])
         return LinearSpec(**data)
+
+
+def _format_tensors(
+    format_: Mapping[str, Any], tensors: Sequence[Tensor], n: int, k: int
+) -> tuple[Any, dict[str, Tensor]]:
+    from qcompile.format import format_from_json
+
+    parsed = format_from_json(format_)
+    return parsed, {stored.name: tensor for stored, tensor in zip(parsed.stored(n, k), tensors, strict=True)}
+
+
+@torch.library.custom_op(
+    "qcompile::dequantize", mutates_args=(), schema="(Tensor[] stored, str format, int n, int k) -> Tensor"
+)
+def dequantize(stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
+    """The weight f32 [n, k] whose tensors, in the order of `Format.stored`, are `stored`; `format` is its JSON."""
+    from qcompile.format import dequantize as evaluate
+
+    parsed, tensors = _format_tensors(json.loads(format), stored, n, k)
+    return evaluate(parsed, tensors, n, k)
+
+
+@dequantize.register_fake
+def _(stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
+    return stored[0].new_empty((n, k), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "qcompile::embedding", mutates_args=(), schema="(Tensor ids, Tensor[] stored, str format, int n, int k) -> Tensor"
+)
+def embedding(ids: Tensor, stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
+    """Rows `ids` (any shape, 0 <= id < n) of the packed weight [n, k]: f32 [..., k]."""
+    from qcompile.format import dequantize as evaluate
+
+    parsed, tensors = _format_tensors(json.loads(format), stored, n, k)
+    rows, inverse = torch.unique(ids, return_inverse=True)
+    return evaluate(parsed, tensors, n, k, rows=rows)[inverse]
+
+
+@embedding.register_fake
+def _(ids: Tensor, stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
+    return stored[0].new_empty((*ids.shape, k), dtype=torch.float32)
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """x [..., K] with every `group` inputs rounded to int8 codes of one scale max|x| / 127 (half to even), as float."""
+    k = x.shape[-1]
+    padded = functional.pad(x, (0, -k % group)).unflatten(-1, (-1, group))
+    most = padded.abs().amax(-1, keepdim=True)
+    codes = torch.round(padded * torch.where(most > 0, 127.0 / most, 0.0))
+    return (codes * (most / 127.0)).flatten(-2)[..., :k]
+
+
+@torch.library.custom_op(
+    "qcompile::linear", mutates_args=(), schema="(Tensor x, Tensor[] stored, Tensor[] extras, str spec) -> Tensor"
+)
+def linear(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    """y [..., n_out] in x's dtype from x [..., k]: what `LinearSpec` says, in float32.
+
+    `stored` holds the tensors of the parts one after another, `extras` the bias, norm and epilogue tensors.
+    """
+    what = LinearSpec.from_text(spec)
+    stored_left, extras_left = list(stored), [extra.float() for extra in extras]
+    bias = extras_left.pop(0) if what.bias else None
+    y = x.float()
+    if what.prologue is not None:
+        weight, eps = extras_left.pop(0), what.prologue["eps"]
+        if what.prologue["op"] == "rms_norm":
+            y = _rms_norm(y, weight, eps, what.prologue.get("offset", 0.0))
+        else:
+            y = functional.layer_norm(y, (what.k,), weight, extras_left.pop(0), eps)
+    if what.accuracy == "int8":
+        y = round_activations(y, what.act_group)
+    weights = []
+    for part in what.parts:
+        tensors, stored_left = stored_left[: part.tensors], stored_left[part.tensors :]
+        weights.append(dequantize(tensors, json.dumps(part.format), part.n, what.k))
+    y = functional.linear(y, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    for step in what.epilogue:
+        if step["op"] == "add":
+            y = y + extras_left.pop(0)
+        elif step["op"] == "mul":
+            y = y * extras_left.pop(0)
+        elif step["op"] == "glu":
+            first, second = y.chunk(2, dim=-1)
+            y = ACTIVATIONS[step["act"]](first) * second
+        else:
+            y = ACTIVATIONS[step["op"]](y)
+    return y.to(x.dtype)
+
+
+@linear.register_fake
+def _(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], LinearSpec.from_text(spec).n_out))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """softmax(q k^T * scale) v, grouped heads; `seen` is bool, broadcastable to [B, H, S, T]; NaN where nothing is seen."""
+    heads = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(heads, dim=1) for x in (k, v))
+    scores = q.float() @ k.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    share = torch.softmax(scores, dim=-1)
+    return (share[..., : k.shape[2]] @ v).transpose(1, 2).contiguous().to(q.dtype)
+
+
+@torch.library.custom_op(
+    "qcompile::attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, float softcap, Tensor? sinks) -> Tensor"
+    ),
+)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Attention over a whole sequence: q [B, H, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, S, H, Dv].
+
+    Head h reads key head h // (H // Hkv). Query i sees keys j <= i if `causal`, and only j > i - window if window > 0.
+    Scores are softcap * tanh(score / softcap) if softcap > 0; `sinks` [H] are logits that take share and add nothing.
+    """
+    seen = None
+    if causal or window:
+        query, key = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+        distance = query[:, None] - key[None, :]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if causal:
+            seen &= distance >= 0
+        if window:
+            seen &= distance < window
+    return _attend(q, k, v, seen, scale, softcap, sinks)
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    turned, rest = x[..., :width].float(), x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+@torch.library.custom_op("qcompile::rope", mutates_args=(), schema="(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, H, S, D]: the first R <= D columns turned by cos, sin [B or 1, S, R], halves paired."""
+    return _rope(x, cos, sin)
+
+
+@rope.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "qcompile::cached_attention",
+    mutates_args=("k_cache", "v_cache"),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor past, "
+        "Tensor start, float scale, int window, float softcap, Tensor? sinks) -> Tensor"
+    ),
+)
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    start: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Causal attention of S new positions over a cache: [B, S, H, Dv] from q [B, H, S, D], k and v [B, Hkv, S, D or Dv].
+
+    q and k are turned by `rope` first if cos and sin [B or 1, S, R] are given. Then k, v are written to slots
+    past .. past + S - 1 of k_cache [B, Hkv, C, D] and v_cache [B, Hkv, C, Dv]; `past` is i64 [1], `start` i64 [B].
+    Query i sees slots start[b] <= j <= past + i, and only j > past + i - window if window > 0. A query in a slot before
+    start[b] is padding and gives zeros. Scale, softcap and sinks as in `attention`. past + S must be at most C.
+    """
+    steps, begin = q.shape[2], int(past)
+    end = begin + steps
+    if end > k_cache.shape[2]:
+        raise ValueError(f"the cache has {k_cache.shape[2]} slots, {end} are needed")
+    if cos is not None and sin is not None:
+        q, k = _rope(q, cos, sin), _rope(k, cos, sin)
+    k_cache[:, :, begin:end] = k
+    v_cache[:, :, begin:end] = v
+    slot = torch.arange(end, device=q.device)
+    at = slot[begin:, None]
+    seen = slot[None, None, :] >= start[:, None, None]
+    seen = seen & (slot <= at)
+    if window:
+        seen = seen & (slot > at - window)
+    y = _attend(q, k_cache[:, :, :end], v_cache[:, :, :end], seen[:, None], scale, softcap, sinks)
+    return torch.where((slot[begin:] >= start[:, None])[:, :, None, None], y, 0.0)
+
+
+@cached_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past: Tensor,
+    start: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * (weight.float() + offset)).to(x.dtype)
+
+
+@torch.library.custom_op(
+    "qcompile::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, float offset) -> Tensor"
+)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight [K] + offset) over the last dimension of x [..., K], in float32, as x's dtype."""
+    return _rms_norm(x, weight, eps, offset)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return x.new_empty(x.shape)
