@@ -1,0 +1,1 @@
+"""Graph nodes to kernels: the rules, the kernel templates of each backend, and the walk that applies them."""

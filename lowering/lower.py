@@ -1,0 +1,178 @@
+"""The walk from the final graph to an executable: views cost nothing, a rule or else ATen does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from qcompile.artifact import Buffer, Call, Executable, Port
+from qcompile.dtypes import NAMES
+from qcompile.errors import InternalError, LoweringError
+from qcompile.lowering.base import Context, Copier, Refuse
+from qcompile.lowering.symbolic import Strided, size
+from qcompile.lowering.views import VIEWS
+from qcompile.program import Program
+
+Rule = Callable[[Node, Context], None]
+
+
+def lower(
+    program: Program,
+    target: Any,
+    accuracy: str,
+    rule_for: Callable[[Node], Rule | None],
+    copier: Copier,
+    *,
+    strict: bool = False,
+) -> tuple[Executable, dict[str, torch.Tensor]]:
+    """The executable of `program`, and its weight tensors by buffer name.
+
+    `rule_for` gives the backend's rule for a node, or None. A node that has none, or whose rule refuses, runs through
+    ATen: that is a fallback in the report, and a LoweringError under `strict`.
+    """
+    ctx = Context(program, target, accuracy, copier)
+    _name_sizes(program, ctx)
+    for node in program.graph.graph.nodes:
+        ctx.node = node
+        if node.op == "placeholder":
+            _placeholder(node, ctx)
+        elif node.op == "get_attr":
+            _tensor(node, ctx)
+        elif node.op == "output":
+            ctx.node = None
+            _outputs(node, ctx)
+        elif isinstance(node.meta.get("val"), (int, float, torch.SymInt)):
+            ctx.values[node] = node.meta["val"]
+        else:
+            _operation(node, ctx, rule_for, strict)
+    used = {view.buffer for step in ctx.steps for v in step.variants for call in v.calls for view in call.args}
+    used |= {port.view.buffer for port in (*ctx.inputs, *ctx.outputs)}
+    used |= {name for name, buffer in ctx.buffers.items() if buffer.kind == "state"}
+    executable = Executable(
+        buffers={name: buffer for name, buffer in ctx.buffers.items() if name in used},
+        inputs=tuple(ctx.inputs),
+        outputs=tuple(ctx.outputs),
+        steps=tuple(ctx.steps),
+        kernels=ctx.kernels,
+    )
+    return executable, {name: tensor for name, tensor in ctx.weights.items() if name in used}
+
+
+def _name_sizes(program: Program, ctx: Context) -> None:
+    placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
+    shapes = [item.shape for item in (*program.inputs, *program.states.values())]
+    for node, shape in zip(placeholders, shapes, strict=True):
+        for name, value in zip(shape, node.meta["val"].shape, strict=True):
+            expr = size(value)
+            if isinstance(name, str) and isinstance(expr, sympy.Symbol):
+                ctx.names[expr] = name
+
+
+def _placeholder(node: Node, ctx: Context) -> None:
+    value = node.meta["val"]
+    states = list(ctx.program.states)
+    kind = "state" if node.name in states or node.target in states else "input"
+    name = str(node.target)
+    ctx.values[node] = Strided.contiguous_in(name, NAMES[value.dtype], value.shape)
+    ctx.buffers[name] = Buffer(name, NAMES[value.dtype], ctx.shape(node), kind)  # type: ignore[arg-type]
+    if kind == "input":
+        ctx.inputs.append(Port(name, ctx.view(node), NAMES[value.dtype]))
+
+
+def _tensor(node: Node, ctx: Context) -> None:
+    name = node.meta["tensor"]
+    tensor = ctx.program.tensors[name]
+    ctx.weight(name)
+    ctx.values[node] = Strided.contiguous_in(name, NAMES[tensor.dtype], tensor.shape)
+
+
+def _operation(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None], strict: bool) -> None:
+    reason = "no rule"
+    before = len(ctx.steps)
+    try:
+        view = VIEWS.get(node.target)
+        if view is not None:
+            ctx.values[node] = view(node, ctx)
+            return
+        rule = rule_for(node)
+        if rule is not None:
+            rule(node, ctx)
+            ctx.program.report.lowered(node, [_kernels(step) for step in ctx.steps[before:]])
+            return
+    except Refuse as refusal:
+        reason = str(refusal)
+    del ctx.steps[before:]
+    if strict:
+        raise LoweringError(
+            f"no kernel for {node.target}",
+            where=f"{node.meta.get('module', '')} ({node.name})",
+            found=reason,
+            remedy="compile without strict to run this node through ATen",
+        )
+    ctx.program.report.fallback(node, reason)
+    _aten(node, ctx)
+
+
+def _kernels(step: Any) -> list[str]:
+    return [call.kernel for variant in step.variants for call in variant.calls]
+
+
+def _aten(node: Node, ctx: Context) -> None:
+    """One ATen call on views of the buffers; every result is written to a buffer of its own."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "qcompile"):
+        raise LoweringError(
+            "a node is neither a kernel nor an ATen operator",
+            where=f"{node.meta.get('module', '')} ({node.name})",
+            found=target,
+            remedy="report this node: a pass should have removed it",
+        )
+    args: list[Any] = []
+
+    def literal(item: Any) -> Any:
+        if isinstance(item, Node):
+            value = ctx.values[item]
+            if isinstance(value, Strided):
+                args.append(ctx.view(value))
+                return {"view": len(args) - 1}
+            if isinstance(value, (int, torch.SymInt)):
+                return {"dim": ctx.dim(value)}
+            return value
+        if isinstance(item, torch.SymInt):
+            return {"dim": ctx.dim(item)}
+        if isinstance(item, torch.dtype):
+            return {"dtype": NAMES[item]}
+        if isinstance(item, (list, tuple)):
+            return [literal(part) for part in item]
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return item
+        if isinstance(item, (torch.device, torch.layout, torch.memory_format)):
+            return None
+        raise InternalError("an argument has no form as data", where=node.name, found=repr(item))
+
+    names = [argument.name for argument in target._schema.arguments]
+    literals = [literal(item) for item in node.args]
+    keywords = {name: literal(item) for name, item in node.kwargs.items() if name in names}
+    made = ctx.outputs_of(node) if isinstance(node.meta["val"], (list, tuple)) else [ctx.output(node)]
+    first = len(args)
+    ctx.emit(Call(str(target), (*args, *made), (), tuple(range(first, first + len(made))), (literals, keywords)))
+
+
+def _outputs(node: Node, ctx: Context) -> None:
+    """Each output gets a buffer of its own: the one it was computed in when that holds exactly this value."""
+    taken: set[str] = set()
+    for name, item in zip(ctx.program.outputs, node.args[0], strict=True):
+        if not isinstance(item, Node):
+            raise LoweringError("an output is not a tensor", where=name, found=repr(item), expected="a tensor")
+        source = ctx.strided(item)
+        own = ctx.buffers[source.buffer].kind == "temp" and source.buffer not in taken
+        if not (own and source.is_contiguous and source.numel == ctx.extents[source.buffer]):
+            source = ctx.copied(source)
+        taken.add(source.buffer)
+        buffer = ctx.buffers[source.buffer]
+        ctx.buffers[source.buffer] = Buffer(buffer.name, buffer.dtype, buffer.shape, "output")
+        ctx.outputs.append(Port(name, ctx.view(source), source.dtype))
