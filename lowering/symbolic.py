@@ -31,7 +31,7 @@ def product(sizes: Sequence[Size]) -> Size:
 
 
 def dim(expr: Size, names: Mapping[sympy.Symbol, str]) -> Dim:
-    """The text of `expr` as qcompile.dims reads it; KeyError for a symbol without a name, ValueError for other forms."""
+    """`expr` as text that qcompile.dims reads; KeyError for a symbol without a name, ValueError for other forms."""
     if expr.is_Integer:
         return int(expr)
     if expr.is_Symbol:
