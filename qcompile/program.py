@@ -21,6 +21,8 @@ class Module:
     `kind` is "Linear", "Conv1D" (weight [K, N]) or "Embedding"; `n` outputs (rows of an embedding), `k` inputs.
     `weight` and `bias` are tensor names in the source (bias is None where there is none).
     `tied` names other modules that share the weight. `output_embedding` is true for a language model's head.
+    `last_parameter` is true when the weight is the last of the model's named parameters, and `keep_f32` when the
+    architecture asks for float32 here (transformers' `_keep_in_fp32_modules`): methods skip both by default.
     """
 
     path: str
@@ -32,6 +34,8 @@ class Module:
     dtype: str = "f32"
     tied: tuple[str, ...] = ()
     output_embedding: bool = False
+    last_parameter: bool = False
+    keep_f32: bool = False
 
 
 @dataclass(frozen=True)

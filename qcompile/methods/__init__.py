@@ -1,0 +1,1 @@
+"""What a quantization config says: one file a Hugging Face quant_method."""

@@ -1,0 +1,162 @@
+"""What every method has: a typed config, a decision for each module, a reader and a quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+
+from qcompile.errors import ConfigError, near
+
+if TYPE_CHECKING:
+    from qcompile.format import Format, Packed
+    from qcompile.program import Module
+    from qcompile.sources import TensorSource
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A quantization config with the field names, defaults and rules of the transformers class of the same method.
+
+    `method` is the `quant_method`. `steering` maps fields that steer another library only to what is true here instead.
+    `foreign` maps fields that other writers put in the same dict, and that mean nothing here, to a note.
+    `unused` holds the fields of the source dict that are not fields of this class; they are reported, not obeyed.
+    """
+
+    method: ClassVar[str]
+    steering: ClassVar[Mapping[str, str]] = {}
+    foreign: ClassVar[Mapping[str, str]] = {}
+
+    unused: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the config's own fields, in order."""
+        return tuple(f.name for f in fields(cls) if f.name != "unused")
+
+    @classmethod
+    def renamed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`data` with other spellings of fields (older names, doubled names) brought to the field's own name."""
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, lenient: bool = False) -> Self:
+        """The config that a `quantization_config` dict says; ConfigError for unknown fields and values out of range.
+
+        With `lenient`, for configs that came with a checkpoint, an unknown field that is not a near miss of a known one
+        is kept in `unused` and reported, as transformers ignores it.
+        """
+        data = cls.renamed({name: value for name, value in data.items() if name != "quant_method"})
+        known, own, unused = cls.names(), {}, {}
+        for name, value in data.items():
+            if name in known:
+                own[name] = value
+            elif name in cls.foreign or (lenient and not near(name, known)):
+                unused[name] = value
+            else:
+                raise ConfigError(
+                    f"unknown field in a {cls.method} config",
+                    found=f"{name!r}{near(name, known)}",
+                    expected=", ".join(known),
+                    remedy="correct the name, or leave the field out",
+                )
+        for f in fields(cls):
+            if f.name not in own and f.default is MISSING and f.default_factory is MISSING:
+                raise ConfigError(f"a {cls.method} config needs the field {f.name!r}", found=", ".join(data) or "no field")
+        return cls(**own, unused=unused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON data, with `quant_method` and every field."""
+        return {"quant_method": self.method} | {name: getattr(self, name) for name in self.names()}
+
+    def require(self, ok: bool, name: str, expected: str, remedy: str = "") -> None:
+        """Raise ConfigError about field `name` unless `ok`."""
+        if not ok:
+            raise ConfigError(
+                f"a {self.method} config has a value out of range",
+                where=f"field {name!r}",
+                found=repr(getattr(self, name)),
+                expected=expected,
+                remedy=remedy,
+            )
+
+    def require_bools(self, *names: str) -> None:
+        """Raise ConfigError unless each field is True or False."""
+        for name in names:
+            self.require(isinstance(getattr(self, name), bool), name, "True or False")
+
+    def require_patterns(self, name: str) -> None:
+        """Raise ConfigError unless the field is None or a list of strings."""
+        value = getattr(self, name)
+        ok = value is None or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+        self.require(ok, name, "None or a list of module names")
+
+    def is_default(self, name: str) -> bool:
+        """True when the field has its default value."""
+        f = next(f for f in fields(self) if f.name == name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        return bool(getattr(self, name) == default)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The method leaves a module dense, for `reason`."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The method quantizes a module.
+
+    `format` is how its weight is stored. `names` maps each stored tensor of the format to the source tensor that holds it;
+    it is empty when the weight is quantized on the fly. `also_claims` are source tensors that only describe the weight.
+    `note` is a line for the report.
+    """
+
+    format: Format
+    names: dict[str, str] = field(default_factory=dict)
+    also_claims: tuple[str, ...] = ()
+    note: str = ""
+
+
+class Method(Protocol):
+    """One `quant_method`. Methods hold no state; `modules` is every weight-holding module of the model, by path, in order."""
+
+    name: str
+    Config: type[MethodConfig]
+
+    def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
+        """True when the source already holds weights that this method quantized."""
+        ...
+
+    def select(
+        self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
+    ) -> Skip | Quantized:
+        """What happens to a module's weight, from headers only.
+
+        Raises ConfigError (a pattern that matches nothing, a group that does not divide K) and CheckpointError (a tensor
+        that is missing or has the wrong shape or dtype).
+        """
+        ...
+
+    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
+        """The stored tensors of a module that `select` chose; CheckpointError when a value is not finite."""
+        ...
+
+    def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
+        """Quantize a float weight [N, K], from the weight alone."""
+        ...
+
+    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
+        """Each field of the config that has no effect here, with what holds instead."""
+        ...
+
+
+def without_effect(config: MethodConfig) -> list[tuple[str, str]]:
+    """The fields of `config` that are set and have no effect here, with the note of each."""
+    steering = [(name, note) for name, note in config.steering.items() if not config.is_default(name)]
+    unknown = f"not a field of {config.method}: ignored"
+    return steering + [(name, config.foreign.get(name, unknown)) for name in config.unused]

@@ -1,0 +1,119 @@
+"""Reading the stored tensors of a quantized module: what must be there, in which shape, and with finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from qcompile.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from qcompile.format import Format, Packed
+    from qcompile.program import Module
+    from qcompile.sources import TensorSource
+
+
+def under(source: TensorSource, path: str) -> dict[str, str]:
+    """The source tensors of a module: what follows `path.` -> the whole name."""
+    start = f"{path}." if path else ""
+    return {name[len(start):]: name for name in source.names() if name.startswith(start)}
+
+
+def require(names: Mapping[str, str], wanted: Sequence[str], module: Module, method: str) -> None:
+    """Raise CheckpointError unless the module's tensors `names` hold every one of `wanted`."""
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"a module quantized with {method} lacks a stored tensor",
+            where=module.path,
+            found=", ".join(sorted(names)) or "no tensor of the module",
+            expected=", ".join(wanted),
+            remedy=f"the checkpoint is incomplete: it must hold {', '.join(f'{module.path}.{name}' for name in missing)}",
+        )
+
+
+def refuse_both(names: Mapping[str, str], quantized: str, module: Module, method: str) -> None:
+    """Raise CheckpointError when a module has a dense `weight` beside the tensor that marks it as quantized."""
+    if quantized in names and "weight" in names:
+        raise CheckpointError(
+            f"a module quantized with {method} also has a dense weight",
+            where=module.path,
+            found=f"{names['weight']} and {names[quantized]}",
+            expected="one of them",
+            remedy="the checkpoint says the weight twice: remove the one that is not meant",
+        )
+
+
+def need_dense(names: Mapping[str, str], quantized: str, module: Module, method: str) -> None:
+    """Raise CheckpointError when a module has neither a dense weight nor the tensor that marks it as quantized."""
+    if module.weight not in names.values() and quantized not in names:
+        raise CheckpointError(
+            "a module has no weight in the checkpoint",
+            where=module.path,
+            found=", ".join(sorted(names)) or "no tensor of the module",
+            expected=f"{module.weight}, or {quantized} as {method} stores it",
+            remedy="the checkpoint is incomplete, or it belongs to another architecture",
+        )
+
+
+def legal(fmt: Format, module: Module, method: str) -> None:
+    """Raise ConfigError when `fmt` cannot hold a weight of the module's shape, with the format's own reason."""
+    for problem in fmt.check(module.n, module.k):
+        raise ConfigError(
+            f"{method} cannot store this module's weight",
+            where=f"{module.path} [{module.n}, {module.k}]",
+            found=problem.found,
+            expected=problem.expected,
+            remedy=problem.remedy,
+        )
+
+
+def expect(name: str, source: TensorSource, dtypes: Sequence[str], shape: Sequence[int], module: Module) -> None:
+    """Raise CheckpointError unless the source tensor has one of `dtypes` and the shape, judged by its header."""
+    info = source.info(name)
+    if info.dtype not in dtypes or tuple(info.shape) != tuple(shape):
+        wrong = "shape" if info.dtype in dtypes else "dtype"
+        raise CheckpointError(
+            f"a stored tensor has the wrong {wrong}",
+            where=f"{name} (module {module.path}, {module.n} outputs, {module.k} inputs)",
+            found=f"{info.dtype} {list(info.shape)}",
+            expected=f"{' or '.join(dtypes)} {list(shape)}",
+            remedy="the checkpoint and its quantization_config do not belong together, or a file is damaged",
+        )
+
+
+def expect_all(fmt: Format, names: Mapping[str, str], source: TensorSource, module: Module) -> None:
+    """`expect` for every stored tensor of the format; `names` maps its name to the source's."""
+    for stored in fmt.stored(module.n, module.k):
+        expect(names[stored.name], source, (stored.dtype,), stored.shape, module)
+
+
+def finite(tensor: torch.Tensor, name: str, module: Module) -> torch.Tensor:
+    """The tensor, if every number in it is finite; CheckpointError with the first place where one is not."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        place = (~torch.isfinite(tensor.float())).nonzero()[0].tolist()
+        raise CheckpointError(
+            "a stored tensor holds a number that is not finite",
+            where=f"{name} (module {module.path})",
+            found=f"{tensor[tuple(place)].item()} at {place}",
+            expected="finite numbers",
+            remedy="the file is damaged, or the quantization that wrote it failed for this module",
+        )
+    return tensor
+
+
+def load(fmt: Format, names: Mapping[str, str], source: TensorSource, module: Module) -> Packed:
+    """The packed weight, read tensor by tensor and checked."""
+    from qcompile.format import Packed
+
+    tensors = {name: finite(source.read(full), full, module) for name, full in names.items()}
+    packed = Packed(fmt, tensors, module.n, module.k)
+    packed.check()
+    return packed
+
+
+def usable(weight: torch.Tensor, module: Module) -> torch.Tensor:
+    """A float weight [N, K] to be quantized, as float32; CheckpointError when it holds a number that is not finite."""
+    return finite(weight, module.weight, module).float()
