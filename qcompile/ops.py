@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of a linear node: `format` (a format's JSON), `n` rows, `tensors` stored tensors among the operands."""
+    """One weight of a linear node: `format` (a format's JSON), `n` rows, `tensors` stored tensors among operands."""
 
     format: dict[str, Any]
     n: int
@@ -171,7 +171,7 @@ def _(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: str) 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """softmax(q k^T * scale) v, grouped heads; `seen` is bool, broadcastable to [B, H, S, T]; NaN where nothing is seen."""
+    """softmax(q k^T * scale) v, grouped heads; `seen` is bool, expandable to [B, H, S, T]; NaN where none is seen."""
     heads = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(heads, dim=1) for x in (k, v))
     scores = q.float() @ k.transpose(-1, -2) * scale
@@ -262,7 +262,7 @@ def cached_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of S new positions over a cache: [B, S, H, Dv] from q [B, H, S, D], k and v [B, Hkv, S, D or Dv].
+    """Causal attention of S new positions over a cache: q [B, H, S, D], k, v [B, Hkv, S, D or Dv] -> [B, S, H, Dv].
 
     q and k are turned by `rope` first if cos and sin [B or 1, S, R] are given. Then k, v are written to slots
     past .. past + S - 1 of k_cache [B, Hkv, C, D] and v_cache [B, Hkv, C, Dv]; `past` is i64 [1], `start` i64 [B].
@@ -316,7 +316,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     "qcompile::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, float offset) -> Tensor"
 )
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (weight [K] + offset) over the last dimension of x [..., K], in float32, as x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * (weight [K] + offset) over the rows of x [..., K], in float32, as x's dtype."""
     return _rms_norm(x, weight, eps, offset)
 
 

@@ -1,0 +1,327 @@
+"""Where the tensors of a model come from, and the ledger that shows where each of them went."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from qcompile.dtypes import NAMES
+from qcompile.errors import CheckpointError, near
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER, MAX_INDEX, MAX_RANK = 100_000_000, 200_000_000, 16
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype that a source may hold: those of `dtypes.DTYPES`, and torch's own word for any other."""
+    return NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What `read` gives: `dtype` as in `dtypes.DTYPES` and `shape`.
+
+    `encoding` names the block type of a GGUF tensor (such as "q4_1"), whose value is u8 [N, bytes of a row]; "" for any
+    tensor that is what it looks like.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str = ""
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time; a name that is not there is a CheckpointError."""
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def describe(self) -> str: ...
+
+
+def missing(name: str, source: TensorSource) -> CheckpointError:
+    """The error for a tensor `name` that `source` does not hold."""
+    names = source.names()
+    return CheckpointError(
+        f"there is no tensor '{name}'{near(name, names)}",
+        where=source.describe(),
+        found=f"{len(names)} tensors",
+        expected=name,
+        remedy="check that the checkpoint is complete and belongs to this architecture",
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _damaged(path: Path, what: str, found: object, expected: object) -> CheckpointError:
+    remedy = "download or write the file again: it is damaged or not a safetensors file"
+    return CheckpointError(what, where=str(path), found=found, expected=expected, remedy=remedy)
+
+
+def _load_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"the {what} is not JSON", str(error)[:100], "a JSON object") from None
+    if not isinstance(data, dict):
+        raise _damaged(path, f"the {what} is not a JSON object", type(data).__name__, "a JSON object")
+    return data
+
+
+def _is_sizes(value: object, most: int) -> bool:
+    whole = isinstance(value, list) and len(value) <= most
+    return whole and all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**62 for x in value)  # type: ignore[attr-defined]
+
+
+def read_header(path: Path) -> dict[str, _Stored]:
+    """Tensor name -> where it lies in a safetensors file; every size is checked before a tensor is read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise _damaged(path, "the header is longer than the file", f"{length} bytes", f"at most {max(size - 8, 0)}")
+        header = _load_json(path, file.read(length), "header")
+    tensors: dict[str, _Stored] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        known = isinstance(entry, dict) and entry.get("dtype") in _SAFETENSORS_DTYPES
+        if not known:
+            found = entry.get("dtype") if isinstance(entry, dict) else entry
+            raise _damaged(path, f"tensor '{name}' has an unknown dtype", found, ", ".join(_SAFETENSORS_DTYPES))
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        if not _is_sizes(shape, MAX_RANK) or not _is_sizes(offsets, 2) or len(offsets) != 2:
+            expected = "a list of sizes and a pair of offsets"
+            raise _damaged(path, f"tensor '{name}' has no valid shape", f"{shape}, {offsets}"[:200], expected)
+        dtype, (begin, end) = _SAFETENSORS_DTYPES[entry["dtype"]], offsets
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if end - begin != bytes_ or end > size - 8 - length:
+            expected = f"{bytes_} bytes for {entry['dtype']} {shape} inside the file's {size - 8 - length}"
+            raise _damaged(path, f"tensor '{name}' does not fit its file", f"bytes {begin} to {end}", expected)
+        tensors[name] = _Stored(path, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
+    return tensors
+
+
+@dataclass
+class SafetensorsFolder:
+    """The tensors of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Headers are read and checked on creation; `read` maps the file and copies nothing. CheckpointError when a file is
+    missing, damaged, lies outside the folder, or two shards hold the same tensor.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._tensors: dict[str, _Stored] = {}
+        if (self.path / SINGLE).is_file():
+            self._tensors = read_header(self.path / SINGLE)
+        elif (self.path / INDEX).is_file():
+            self._read_shards(self.path / INDEX)
+        else:
+            there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            raise CheckpointError(
+                "there are no weights that can be read",
+                where=str(self.path),
+                found=", ".join(there[:12]) or "no such folder",
+                expected=f"{SINGLE} or {INDEX}",
+                remedy="save the model as safetensors: pickled weights are never loaded",
+            )
+
+    def _read_shards(self, index: Path) -> None:
+        if index.stat().st_size > MAX_INDEX:
+            raise _damaged(index, "the index is too large", f"{index.stat().st_size} bytes", f"at most {MAX_INDEX}")
+        where = _load_json(index, index.read_bytes(), "index").get("weight_map")
+        if not isinstance(where, dict):
+            raise _damaged(index, "the index has no weight_map", type(where).__name__, "tensor name -> file name")
+        for file in sorted({str(file) for file in where.values()}):
+            if not _FILE_NAME.fullmatch(file):
+                raise CheckpointError(
+                    "the index names a file outside its folder",
+                    where=str(index),
+                    found=repr(file[:200]),
+                    expected="the plain name of a .safetensors file beside the index",
+                    remedy="do not load this checkpoint unless you trust who made it",
+                )
+            if not (self.path / file).is_file():
+                remedy = "download the checkpoint again: a shard is missing"
+                raise CheckpointError("a shard is missing", where=str(index), expected=file, remedy=remedy)
+            for name, stored in read_header(self.path / file).items():
+                if name in self._tensors:
+                    raise _damaged(index, f"tensor '{name}' lies in two files", self._tensors[name].path.name, file)
+                self._tensors[name] = stored
+        for name, file in where.items():
+            found = self._tensors.get(name)
+            if found is None or found.path.name != file:
+                place = "nowhere" if found is None else found.path.name
+                raise _damaged(index, f"tensor '{name}' is not where the index says", place, file)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def _stored(self, name: str) -> _Stored:
+        if name not in self._tensors:
+            raise missing(name, self)
+        return self._tensors[name]
+
+    def info(self, name: str) -> TensorInfo:
+        stored = self._stored(name)
+        return TensorInfo(dtype_name(stored.dtype), stored.shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        stored = self._stored(name)
+        if stored.begin == stored.end:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        if stored.path not in self._maps:
+            with stored.path.open("rb") as file:
+                # A private map: torch wants writable memory, and what is written must never reach the file.
+                self._maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        whole = self._maps[stored.path]
+        data = torch.frombuffer(whole, dtype=torch.uint8, offset=stored.begin, count=stored.end - stored.begin)
+        if stored.begin % stored.dtype.itemsize:
+            data = data.clone()
+        return data.view(stored.dtype).reshape(stored.shape)
+
+    def describe(self) -> str:
+        return f"the checkpoint {self.path}"
+
+
+@dataclass
+class ModuleState:
+    """The parameters and persistent buffers of a live module; a tensor that several modules share has one name."""
+
+    module: torch.nn.Module
+
+    def __post_init__(self) -> None:
+        kept = self.module.state_dict(keep_vars=True).keys()
+        named = [*self.module.named_parameters(), *((n, b) for n, b in self.module.named_buffers() if n in kept)]
+        self._tensors = {name: tensor.detach() for name, tensor in named}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self.read(name)
+        return TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape))
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise missing(name, self)
+        return self._tensors[name]
+
+    def describe(self) -> str:
+        return f"the module {type(self.module).__name__}"
+
+
+@dataclass
+class Renamed:
+    """A source whose tensors go by other names: `to` maps each new name to the name in `source`."""
+
+    source: TensorSource
+    to: dict[str, str]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.to)
+
+    def _old(self, name: str) -> str:
+        if name not in self.to:
+            raise missing(name, self)
+        return self.to[name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self.source.info(self._old(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.source.read(self._old(name))
+
+    def describe(self) -> str:
+        return self.source.describe()
+
+
+@dataclass
+class Ledger:
+    """Which use every tensor of a source was put to; a tensor ends in exactly one place."""
+
+    source: TensorSource
+    claims: dict[str, list[str]] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._names = frozenset(self.source.names())
+
+    def claim(self, name: str, by: str) -> None:
+        """Note that tensor `name` is used by `by` (a module path, or the tensor's own name); a claim repeated is one."""
+        if name not in self._names:
+            raise missing(name, self.source)
+        users = self.claims.setdefault(name, [])
+        if by not in users:
+            users.append(by)
+
+    def ignore(self, name: str, reason: str) -> None:
+        """Note that tensor `name` is deliberately not used, and why."""
+        if name not in self._names:
+            raise missing(name, self.source)
+        self.ignored[name] = reason
+
+    def read(self, name: str, by: str) -> torch.Tensor:
+        """The tensor, claimed."""
+        self.claim(name, by)
+        return self.source.read(name)
+
+    def unclaimed(self) -> tuple[str, ...]:
+        """Names that were neither claimed nor ignored."""
+        return tuple(n for n in self.source.names() if n not in self.claims and n not in self.ignored)
+
+    def check(self) -> None:
+        """CheckpointError naming every tensor that ended nowhere, or in more than one place."""
+        wrong = [f"{name}: not used" for name in self.unclaimed()]
+        for name, users in self.claims.items():
+            places = [*users, *([f"ignored ({self.ignored[name]})"] if name in self.ignored else [])]
+            if len(places) > 1:
+                wrong.append(f"{name}: used {len(places)} times, by {', '.join(places)}")
+        if wrong:
+            raise CheckpointError(
+                "tensors that did not end in exactly one place",
+                where=self.source.describe(),
+                found="; ".join(wrong),
+                expected="every tensor of the source used once",
+                remedy="check that the quantization config and the architecture are those the checkpoint was made with",
+            )
