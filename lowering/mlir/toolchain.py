@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qcompile.errors import ToolchainError
+from qcompile.lowering.mlir.literals import portable
 from qcompile.target import Target
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def to_llvm(text: str, pipeline: str = PIPELINE) -> str:
         try:
             module = ir.Module.parse(text)
             passmanager.PassManager.parse(pipeline).run(module.operation)
-            return str(dialect.translate_module_to_llvmir(module.operation))
+            return portable(str(dialect.translate_module_to_llvmir(module.operation)))
         except (ir.MLIRError, ValueError, RuntimeError) as error:
             _fail("MLIR refused a kernel's text", text, ".mlir", error)
 
