@@ -1,0 +1,70 @@
+"""All CPU timings in one run: `python -m benchmarks.cpu [--layers] [--models] [--seconds S] [--write]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import layers, machine, smollm2
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def bytes_of(n: int, k: int) -> int:
+    """What the int4 weight and its float16 scales occupy."""
+    return n * k // 2 + n * k // layers.GROUP * 2
+
+
+def layer_tables(seconds: float, bandwidth: float) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for accuracy in layers.CONTENDERS:
+        for n, k in layers.SHAPES:
+            for m in layers.ROWS:
+                times = layers.time_shape(n, k, m, accuracy, seconds)
+                own = times[f"qcompile {accuracy}"]
+                for name, value in times.items():
+                    rows.append(
+                        {
+                            "accuracy": accuracy, "N": n, "K": k, "M": m, "contender": name, "us": value * 1e6,
+                            "gflop_s": 2 * m * n * k / value / 1e9, "int4_gb_s": bytes_of(n, k) / value / 1e9,
+                            "share_of_bandwidth": bytes_of(n, k) / value / 1e9 / bandwidth, "qcompile_is_faster_by": value / own,
+                        }
+                    )  # fmt: skip
+                print(f"{accuracy:6} N={n} K={k} M={m}")
+                for name, value in sorted(times.items(), key=lambda item: item[1]):
+                    print(
+                        f"    {name:18} {value * 1e6:10.1f} us  {2 * m * n * k / value / 1e9:8.1f} GFLOP/s"
+                        f"  {bytes_of(n, k) / value / 1e9:6.2f} GB/s of int4  {value / own:6.2f} x qcompile's time"
+                    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", action="store_true", help="single layers only")
+    parser.add_argument("--models", action="store_true", help="SmolLM2 only")
+    parser.add_argument("--seconds", type=float, default=6.0, help="about how long each comparison may take")
+    parser.add_argument("--write", action="store_true", help=f"write the figures to {RESULTS.name}/cpu.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"machine": machine.describe()}
+    print(json.dumps(result["machine"], indent=1))
+    if options.layers or not options.models:
+        result["layers"] = layer_tables(options.seconds, result["machine"]["read_gb_s"])
+    if options.models or not options.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            result["smollm2"] = smollm2.time_models(Path(folder), options.seconds)
+        for name, row in result["smollm2"].items():
+            print(f"{name:28}" + "  ".join(f"{key} {value:9.2f}" for key, value in row.items()))
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""One linear layer, int4 in groups: qcompile in both accuracies against torch, onnxruntime, OpenVINO and ARK.
+
+Each contender holds as many different random weights as are needed to come from memory, and rotates over them.
+All hold the same 4-bit codes and scales (torch: the same weights, dequantized).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import qcompile
+from benchmarks.interleave import Work, medians
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1536, 576))
+ROWS = (1, 16, 128, 512)
+GROUP = 64
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Symmetric 4-bit codes [N, K] in 0..15 (zero 8) and float32 scales [N, K // GROUP]."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @staticmethod
+    def random(n: int, k: int, seed: int) -> Weights:
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+        # Scales that float16 holds exactly, so that every contender multiplies by the same numbers.
+        scales = (torch.rand(n, k // GROUP, generator=generator) * 0.01 + 0.002).half().float()
+        return Weights(codes, scales)
+
+    def dense(self) -> torch.Tensor:
+        return (self.codes.float() - 8) * self.scales.repeat_interleave(GROUP, 1)
+
+
+Layer = Callable[[torch.Tensor], Any]
+Maker = Callable[[Weights], Layer]
+
+
+def torch_float32(weights: Weights) -> Layer:
+    dense = weights.dense()
+    return lambda x: nn.functional.linear(x, dense)
+
+
+def torch_bfloat16(weights: Weights) -> Layer:
+    dense = weights.dense().bfloat16()
+    return lambda x: nn.functional.linear(x.bfloat16(), dense)
+
+
+def onnxruntime(level: int) -> Maker:
+    def make(weights: Weights) -> Layer:
+        import onnxruntime as ort
+        from onnx import TensorProto, helper, numpy_helper
+
+        n, k = weights.codes.shape
+        packed = (weights.codes[:, ::2] | (weights.codes[:, 1::2] << 4)).reshape(n, k // GROUP, GROUP // 2)
+        node = helper.make_node(
+            "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft",
+            K=k, N=n, bits=4, block_size=GROUP, accuracy_level=level,
+        )  # fmt: skip
+        graph = helper.make_graph(
+            [node], "layer",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
+            [numpy_helper.from_array(packed.numpy(), "w"), numpy_helper.from_array(weights.scales.flatten().numpy(), "s")],
+        )  # fmt: skip
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return make
+
+
+def openvino(activations: str) -> Maker:
+    def make(weights: Weights) -> Layer:
+        import numpy as np
+        import openvino as ov
+        from openvino import opset13 as ops
+
+        n, k = weights.codes.shape
+        x = ops.parameter([-1, k], np.float32, name="x")
+        packed = weights.codes.reshape(n, k // GROUP, GROUP).numpy()
+        codes = ops.convert(ops.constant(packed, dtype=ov.Type.u4), np.float16)
+        zero = ops.convert(ops.constant(np.array([[[8]]], np.uint8), dtype=ov.Type.u4), np.float16)
+        scales = ops.constant(weights.scales.reshape(n, k // GROUP, 1).half().numpy())
+        dense = ops.reshape(ops.multiply(ops.subtract(codes, zero), scales), [n, k], False)
+        y = ops.matmul(x, ops.convert(dense, np.float32), False, True)
+        group = GROUP if activations == "int8" else 0
+        options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+        }
+        request = ov.Core().compile_model(ov.Model([y], [x]), "CPU", options).create_infer_request()
+        return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
+
+    return make
+
+
+def ark(compute: str) -> Maker:
+    def make(weights: Weights) -> Layer:
+        import auto_round_kernel
+
+        kernels = auto_round_kernel.ARK() if hasattr(auto_round_kernel, "ARK") else auto_round_kernel
+        n, k = weights.codes.shape
+        codes = (weights.codes.to(torch.int8) - 8).T.contiguous()
+        empty = torch.empty(0)
+        settings = (GROUP, compute, "int4", "fp32", False)
+        blob = kernels.repack_quantized_weight(codes, weights.scales.T.contiguous(), empty, *settings)
+        return lambda x: kernels.woqgemm(x, blob, empty, n, k, *settings)
+
+    return make
+
+
+class Layers(nn.Module):
+    """Several linear layers of one size, each with an input of its own so that nothing is merged."""
+
+    def __init__(self, weights: list[Weights]):
+        super().__init__()
+        n, k = weights[0].codes.shape
+        self.layers = nn.ModuleList(nn.Linear(k, n, bias=False, device="meta") for _ in weights)
+        for layer, item in zip(self.layers, weights, strict=True):
+            layer.weight = nn.Parameter(item.dense().half(), requires_grad=False)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
+
+
+def ours(weights: list[Weights], accuracy: str) -> Callable[[torch.Tensor], Any]:
+    """All layers compiled as one model: a call runs each of them once."""
+    k = weights[0].codes.shape[1]
+    count = len(weights)
+    rows = {0: torch.export.Dim("m", min=1, max=4096)}
+    compiled = qcompile.compile(
+        Layers(weights),
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True},
+        example_inputs=tuple(torch.randn(8, k) for _ in weights),
+        dynamic_shapes={"inputs": tuple(rows for _ in weights)},
+        accuracy=accuracy,
+    )
+    return lambda x: compiled(*[x] * count)
+
+
+CONTENDERS: dict[str, dict[str, Maker]] = {
+    "exact": {
+        "torch float32": torch_float32,
+        "torch bfloat16": torch_bfloat16,
+        "onnxruntime 0": onnxruntime(0),
+        "openvino exact": openvino("float"),
+        "ark fp32": ark("fp32"),
+    },
+    "int8": {
+        "onnxruntime 4": onnxruntime(4),
+        "openvino int8": openvino("int8"),
+        "ark int8": ark("int8"),
+    },
+}
+
+
+def copies(n: int, k: int, rows: int) -> int:
+    """How many weights to rotate over: 256 MB of int4 where memory decides (few rows), else two."""
+    return min(48, max(2, 256_000_000 // (n * k // 2))) if rows <= 16 else 2
+
+
+def time_shape(n: int, k: int, rows: int, accuracy: str, seconds: float) -> dict[str, float]:
+    """Median seconds of one y = x @ W.T, [rows, K] by [N, K], for each contender of `accuracy`.
+
+    A turn runs every weight once. A rival is called from Python once a layer, qcompile once a turn.
+    """
+    weights = [Weights.random(n, k, seed) for seed in range(copies(n, k, rows))]
+    x = torch.randn(rows, k)
+    expected = x @ weights[0].dense().T
+
+    def check(name: str, found: torch.Tensor, bound: float) -> None:
+        error = ((found.float() - expected).norm() / expected.norm()).item()
+        if not error < bound:
+            raise AssertionError(f"{name} computes something else: relative error {error:.3g}")
+
+    compiled = ours(weights, accuracy)
+    # qcompile rounds the weights to nearest once more, on a grid of its own
+    check("qcompile", compiled(x)[0], 0.15)
+    work: dict[str, Work] = {f"qcompile {accuracy}": lambda _: compiled(x)}
+    for name, make in CONTENDERS[accuracy].items():
+        layers = [make(item) for item in weights]
+        check(name, layers[0](x), 0.02)
+        work[name] = lambda _, layers=layers: [layer(x) for layer in layers]  # type: ignore[misc]
+    return {name: value / len(weights) for name, value in medians(work, seconds, least=5).items()}
