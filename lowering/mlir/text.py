@@ -105,14 +105,25 @@ class Value:
     def most(self, other: Value | int) -> Value:
         return self._binary("maxsi", other)
 
-    def _compare(self, name: str, other: Value | int) -> Value:
+    def __neg__(self) -> Value:
+        return self.text.op(f"arith.negf {self} : {self.type}", self.type)
+
+    def _compare(self, name: str, other: Value | int | float) -> Value:
+        """Integers compare signed; floats ordered, so false where either is NaN."""
         right = self.text.constant(other, self.type)
+        if self.element.startswith("f"):
+            return self.text.op(
+                f"arith.cmpf o{name.lstrip('s')}, {self}, {right} : {self.type}", vector(self.count, "i1")
+            )
         return self.text.op(f"arith.cmpi {name}, {self}, {right} : {self.type}", vector(self.count, "i1"))
 
-    def __lt__(self, other: Value | int) -> Value:
+    def __lt__(self, other: Value | int | float) -> Value:
         return self._compare("slt", other)
 
-    def equals(self, other: Value | int) -> Value:
+    def __gt__(self, other: Value | int | float) -> Value:
+        return self._compare("sgt", other)
+
+    def equals(self, other: Value | int | float) -> Value:
         return self._compare("eq", other)
 
     def at(self, index: Value | int, element: str = "i8") -> Value:
@@ -195,7 +206,9 @@ class Text:
         return self.op(f"llvm.load {pointer} {{alignment = {align or _bytes(type)}}} : {POINTER} -> {type}", type)
 
     def store(self, value: Value, pointer: Value, align: int | None = None) -> None:
-        self.line(f"llvm.store {value}, {pointer} {{alignment = {align or _bytes(value.type)}}} : {value.type}, {POINTER}")
+        self.line(
+            f"llvm.store {value}, {pointer} {{alignment = {align or _bytes(value.type)}}} : {value.type}, {POINTER}"
+        )
 
     def stack(self, count: int, element: str) -> Value:
         """The address of `count` elements on the stack, 64-byte aligned; emit it once, outside of loops."""
@@ -255,7 +268,10 @@ class Text:
         lanes = ", ".join(map(str, order))
         return self.op(f"vector.shuffle {a}, {b} [{lanes}] : {a.type}, {b.type}", vector(len(order), a.element))
 
-    def select(self, condition: Value, a: Value, b: Value) -> Value:
+    def select(self, condition: Value, a: Value | float, b: Value | float) -> Value:
+        """`a` where `condition` holds, else `b`; one of them may be a number."""
+        kind = a.type if isinstance(a, Value) else b.type if isinstance(b, Value) else "f32"
+        a, b = self.constant(a, kind), self.constant(b, kind)
         kind = "" if condition.count == 1 else f"{condition.type}, "
         return self.op(f"arith.select {condition}, {a}, {b} : {kind}{a.type}", a.type)
 
