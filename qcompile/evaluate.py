@@ -1,0 +1,110 @@
+"""Reads a format's expressions with torch: the meaning of the decode language, and the oracle of every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qcompile.dtypes import DTYPES
+from qcompile.expr import Expr
+from qcompile.format import Format
+
+CHUNK = 1 << 18  # weights decoded at a time: a chunk's temporaries stay in cache
+_SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+
+
+class Reader:
+    """Evaluates expressions at the crossing of rows `n` (i64 [R]) and columns `k` (i64 [C]).
+
+    A result broadcasts to [R, C]: what does not depend on `n` has one row, what does not depend on `k` one column.
+    Operands shared between expressions are evaluated once.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], n: torch.Tensor, k: torch.Tensor):
+        device = next((t.device for t in tensors.values()), n.device)
+        self.tensors, self.done = tensors, dict[Expr, torch.Tensor]()
+        self.vars = {"n": n.to(device).reshape(-1, 1), "k": k.to(device).reshape(1, -1)}
+        self.device = device
+
+    def __call__(self, expr: Expr) -> torch.Tensor:
+        if expr not in self.done:
+            self.done[expr] = self.compute(expr)
+        return self.done[expr]
+
+    def address(self, load: Expr) -> torch.Tensor:
+        """The flat element index of a `load`, i64."""
+        flat: torch.Tensor | None = None
+        for size, index in zip(load.attr[2], load.args, strict=True):
+            i = self(index).long()
+            flat = i if flat is None else flat * size + i
+        return torch.zeros(1, 1, dtype=torch.int64, device=self.device) if flat is None else flat
+
+    def compute(self, expr: Expr) -> torch.Tensor:
+        if expr.op == "const":
+            return torch.tensor(expr.attr, dtype=DTYPES[expr.dtype], device=self.device).reshape(1, 1)
+        if expr.op == "var":
+            return self.vars[expr.attr]
+        if expr.op == "load":
+            index = self.address(expr)
+            value = self.tensors[expr.attr[0]].reshape(-1).index_select(0, index.reshape(-1)).reshape(index.shape)
+            return value.to(DTYPES[expr.dtype])
+        args = [self(arg) for arg in expr.args]
+        match expr.op:
+            case "bits":
+                word, shift = args[0], args[1].to(args[0].dtype)
+                word = word if expr.args[1].attr == 0 else word >> shift
+                if expr.attr == 32 and expr.args[1].attr == 0:
+                    return word
+                # A mask also clears the copies of the sign that an arithmetic shift brings in, unless it would reach them.
+                return word & ((1 << expr.attr) - 1) if expr.attr < 32 else word & (((1 << 32) - 1) >> shift.long()).to(word.dtype)
+            case "cat":
+                out, at = args[0], expr.attr[0]
+                for part, width in zip(args[1:], expr.attr[1:], strict=True):
+                    out, at = out | (part << at), at + width
+                return out
+            case "table":
+                entries = torch.tensor(expr.attr, dtype=DTYPES[expr.dtype], device=self.device)
+                return entries.index_select(0, args[0].reshape(-1)).reshape(args[0].shape)
+            case "where":
+                return torch.where(args[0], args[1], args[2])
+            case "cast":
+                return args[0].to(DTYPES[expr.dtype])
+            case "bitcast":
+                dtype = DTYPES[expr.attr]
+                value = args[0].to(_SIGNED[dtype.itemsize * 8]).contiguous().view(dtype)
+                return value.to(torch.int32) if expr.dtype == "i32" else value
+            case "field":
+                return args[0]
+            case "add":
+                return args[0] + args[1]
+            case "sub":
+                return args[0] - args[1]
+            case "mul":
+                return args[0] * args[1]
+            case "lt":
+                return args[0] < args[1]
+        return self.divide(expr, *args)
+
+    def divide(self, expr: Expr, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        divisor = expr.args[1].attr if expr.args[1].op == "const" else 0
+        if divisor > 0 and divisor & (divisor - 1) == 0:  # a shift or a mask is many times faster and equal, also below zero
+            return left >> (divisor.bit_length() - 1) if expr.op == "div" else left & (divisor - 1)
+        return torch.div(left, right, rounding_mode="floor") if expr.op == "div" else torch.remainder(left, right)
+
+
+def dequantize(
+    format: Format, tensors: Mapping[str, torch.Tensor], N: int, K: int, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weight as f32 [N, K] (or [len(rows), K] for the i64 `rows` named), bit for bit by the format's formula.
+
+    Memory beyond the result is bounded: rows are decoded a chunk at a time.
+    """
+    device = next(iter(tensors.values())).device
+    rows = torch.arange(N, device=device) if rows is None else rows.to(device=device, dtype=torch.int64)
+    value, columns = format.weight(N, K), torch.arange(K, device=device)
+    out = torch.empty(len(rows), K, dtype=torch.float32, device=device)
+    step = max(1, CHUNK // max(K, 1))
+    for at in range(0, len(rows), step):
+        out[at : at + step] = Reader(tensors, rows[at : at + step], columns)(value)
+    return out

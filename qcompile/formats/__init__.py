@@ -1,0 +1,1 @@
+"""How bits lie: one file a storage family, one class a format (the table of them is `qcompile.format.FORMATS`)."""

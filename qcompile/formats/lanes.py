@@ -1,0 +1,226 @@
+"""Layouts for CPU kernels: sixteen outputs side by side, so that one vector register holds sixteen rows' numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from qcompile.dtypes import DTYPES, NAMES
+from qcompile.evaluate import CHUNK, Reader
+from qcompile.expr import Expr, bits, cast, cat, const, k, n
+from qcompile.format import Format, Names, Packed, Problem, Stored
+from qcompile.formats.affine import Affine, Terms
+from qcompile.formats.dense import Dense
+from qcompile.simplify import interval
+
+LANES = 16
+SHORTEST = 8  # inputs that must share a scale for a kernel to apply it once a group
+
+
+def planes(width: int) -> tuple[int, ...]:
+    """The widths of the bit planes that hold a code of `width` bits, the plane of the lowest bits first.
+
+    >>> planes(3), planes(7), planes(8)
+    ((2, 1), (4, 2, 1), (8,))
+    """
+    return tuple(w for w in (8, 4, 2, 1) if width & w)
+
+
+@dataclass(frozen=True)
+class Lanes(Affine):
+    """Affine or table codes in planes of 32-bit words, sixteen outputs interleaved.
+
+    Plane p of width w is "codes{p}" i32 [ceil(N/16), ceil(K/(32//w)), 16]. Word (nb, kw, lane) holds inputs kw*(32//w) + j of output
+    nb*16 + lane, input j at bit 8*(j % 4) + w*(j // 4): masking a word byte by byte gives four consecutive inputs.
+    "scales", and "zeros" and "offsets" where stored, are [ceil(N/16), K//group, 16]. Everything beyond N or K is 0.
+
+    W = rounding((code - zero) * scale + offset) * factor, with table[code] for (code - zero) where there is a table; see `Terms`.
+    A number as `zero` is the same everywhere; a dtype name says that it is stored, in code units; `offset` likewise, added last.
+    Kernels factor `scale * factor` out of the sum over a group and ignore `rounding`, which only `dequantize` applies.
+    """
+
+    kind: ClassVar[str] = "lanes"
+    bits: int = 4
+    group: int = 32
+    table: tuple[float, ...] | None = None
+    zero: float | str | None = None
+    scale: str = "f32"
+    rounding: str = "none"
+    offset: str | None = None
+    factor: float = 1.0
+
+    def stored(self, N: int, K: int) -> tuple[Stored, ...]:
+        blocks, per_group = -(-N // LANES), (-(-N // LANES), K // self.group, LANES)
+        out = [Stored(f"codes{p}", "i32", (blocks, -(-K // (32 // w)), LANES)) for p, w in enumerate(planes(self.bits))]
+        out.append(Stored("scales", self.scale, per_group))
+        if isinstance(self.zero, str):
+            out.append(Stored("zeros", self.zero, per_group))
+        if self.offset is not None:
+            out.append(Stored("offsets", self.offset, per_group))
+        return tuple(out)
+
+    def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
+        parts = []
+        for p, w in enumerate(planes(self.bits)):
+            j = k % (32 // w)
+            word = getattr(t, f"codes{p}")[n // LANES, k // (32 // w), n % LANES]
+            parts.append(bits(word, j % 4 * 8 + j // 4 * w, w))
+        at = (n // LANES, k // self.group, n % LANES)
+        out = {"code": cat(*parts), "scale": t.scales[at]}
+        if isinstance(self.zero, str):
+            out["zero"] = t.zeros[at]
+        if self.offset is not None:
+            out["offset"] = t.offsets[at]
+        return out
+
+    def terms(self, f: Any) -> Terms:
+        zero = const(self.zero, "f32") if isinstance(self.zero, int | float) and self.zero != 0 else f.get("zero")
+        return Terms(f.code, f.scale, zero, f.get("offset"), self.table, self.rounding, self.factor)
+
+    def check(self, N: int, K: int) -> list[Problem]:
+        if K % self.group:
+            return [Problem(f"K = {K}", f"a multiple of the group, {self.group}")]
+        return []
+
+    def group_size(self, N: int, K: int) -> int | None:
+        return self.group
+
+
+@dataclass(frozen=True)
+class LanesDense(Format):
+    """An unquantized weight, sixteen outputs interleaved: "values" [ceil(N/16), K, 16], rows beyond N are 0."""
+
+    kind: ClassVar[str] = "lanes-dense"
+    dtype: str = "f32"
+
+    def stored(self, N: int, K: int) -> tuple[Stored, ...]:
+        return (Stored("values", self.dtype, (-(-N // LANES), K, LANES)),)
+
+    def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
+        return {"weight": t.values[n // LANES, k, n % LANES]}
+
+    def value(self, f: Any) -> Expr:
+        return cast("f32", f.weight)
+
+    def group_size(self, N: int, K: int) -> int | None:
+        return K
+
+
+def interleave(rows: torch.Tensor) -> torch.Tensor:
+    """[N, C] as [ceil(N/16), C, 16], rows beyond N filled with 0."""
+    missing = -len(rows) % LANES
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return padded.reshape(-1, LANES, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def pack_codes(codes: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """The planes of integer codes [N, K] in 0..2**width - 1: i32 [ceil(N/16), ceil(K/(32//w)), 16] each."""
+    out, low = [], 0
+    for w in planes(width):
+        out.append(_plane(codes, low, w))
+        low += w
+    return out
+
+
+def _plane(codes: torch.Tensor, low: int, w: int) -> torch.Tensor:
+    per = 32 // w
+    part = ((codes >> low) & ((1 << w) - 1)).to(torch.uint8) if w < 8 else codes.to(torch.uint8)
+    part = torch.nn.functional.pad(part, (0, -codes.shape[1] % per, 0, -codes.shape[0] % LANES))
+    part = part.reshape(part.shape[0], -1, 8 // w, 4)  # [rows, word, slot in the byte, byte]
+    word_bytes = part[:, :, 0]
+    for slot in range(1, 8 // w):
+        word_bytes = word_bytes | (part[:, :, slot] << (w * slot))
+    return interleave(word_bytes.contiguous().view(torch.int32).squeeze(-1))
+
+
+def pack_lanes(
+    format: Lanes,
+    code: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The stored tensors from integer codes [N, K] and scale, zero and offset [N, K // group] (those that `format` stores)."""
+    chunk = max(LANES, CHUNK * 4 // max(code.shape[1], 1) // LANES * LANES)
+    blocks = [pack_codes(code[at : at + chunk], format.bits) for at in range(0, len(code), chunk)]
+    out = {f"codes{p}": torch.cat(parts) for p, parts in enumerate(zip(*blocks, strict=True))}
+    out["scales"] = interleave(scale.to(DTYPES[format.scale]))
+    if isinstance(format.zero, str) and zero is not None:
+        out["zeros"] = interleave(zero.to(DTYPES[format.zero]))
+    if format.offset is not None and offset is not None:
+        out["offsets"] = interleave(offset.to(DTYPES[format.offset]))
+    return out
+
+
+def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
+    """The weight in a lane layout, and the order of its inputs when that had to change; or the reason why it has none.
+
+    Exact: dequantized, the result equals the original's columns in the order `perm` (i64 [K]; None = unchanged) bit for bit.
+    Formats without terms (see `Affine`) are refused, except plain float weights; so are groups of fewer than 8 inputs.
+    """
+    format, N, K = packed.format, packed.N, packed.K
+    if isinstance(format, Dense):
+        return Packed(LanesDense(format.dtype), {"values": interleave(packed.tensors["weight"])}, N, K), None
+    if not isinstance(format, Affine):
+        return f"a weight of format '{format.kind}' is not a code times a scale"
+    located = format.located(N, K)
+    terms = format.terms(Names(**located))
+    group, perm = format.group_size(N, K), None
+    if group is None:
+        perm = _order(packed, located["group"]) if "group" in located else None
+    columns = torch.arange(K) if perm is None else perm
+    group = math.gcd(K, group or _longest_run(packed, terms, columns))
+    if group < SHORTEST:
+        return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
+    signed = interval(terms.code)[0] < 0
+    zero_expr = const((0 if terms.zero is None else terms.zero.attr) + 128) if signed else terms.zero
+    scale, zero, offset = (
+        None if expr is None else _at(packed, expr, columns[::group]) for expr in (terms.scale, zero_expr, terms.offset)
+    )
+    assert scale is not None  # every format with terms has one
+    layout = Lanes(
+        interval(terms.code)[1].bit_length() + signed, group, terms.table, _zero_kind(zero), NAMES[scale.dtype], terms.rounding,
+        None if offset is None else NAMES[offset.dtype], terms.factor,
+    )
+    code = _at(packed, terms.code + 128 if signed else terms.code, columns)
+    return Packed(layout, pack_lanes(layout, code, scale, zero, offset), N, K), perm
+
+
+def _at(packed: Packed, expr: Expr, columns: torch.Tensor) -> torch.Tensor:
+    """`expr` at every row and the given columns, [N, len(columns)]; i32 results in 0..255 come as u8."""
+    step = max(1, CHUNK // len(columns))
+    small = expr.dtype == "i32" and 0 <= interval(expr)[0] and interval(expr)[1] <= 255
+    parts = []
+    for rows in torch.arange(packed.N).split(step):
+        part = Reader(packed.tensors, rows, columns)(expr).expand(len(rows), len(columns))
+        parts.append(part.to(torch.uint8) if small else part)
+    return torch.cat(parts)
+
+
+def _order(packed: Packed, group: Expr) -> torch.Tensor | None:
+    """The stable order of the inputs by their group; None when they lie in it already."""
+    perm = torch.argsort(_at(packed, group, torch.arange(packed.K))[0], stable=True)
+    return None if torch.equal(perm, torch.arange(packed.K)) else perm
+
+
+def _longest_run(packed: Packed, terms: Terms, columns: torch.Tensor) -> int:
+    """The longest aligned run of `columns` over which zero, scale and offset do not change in any row."""
+    changes = torch.zeros(len(columns) - 1, dtype=torch.bool)
+    for expr in (terms.zero, terms.scale, terms.offset):
+        if expr is not None:
+            values = _at(packed, expr, columns)
+            changes |= (values[:, 1:] != values[:, :-1]).any(0)
+    return math.gcd(len(columns), *(changes.nonzero().flatten() + 1).tolist())
+
+
+def _zero_kind(zero: torch.Tensor | None) -> float | str | None:
+    """How Lanes names these zeros: their one value, or the dtype that stores them exactly (integers below 2048 fit f16)."""
+    if zero is None:
+        return None
+    first = zero.flatten()[0]
+    if bool((zero == first).all()):
+        return float(first)
+    return NAMES[zero.dtype] if zero.is_floating_point() else "f16"
