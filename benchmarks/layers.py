@@ -69,7 +69,7 @@ def onnxruntime(level: int) -> Maker:
             [node], "layer",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
-            [numpy_helper.from_array(packed.numpy(), "w"), numpy_helper.from_array(weights.scales.flatten().numpy(), "s")],
+            [numpy_helper.from_array(packed.numpy(), "w"), numpy_helper.from_array(weights.scales.numpy(), "s")],
         )  # fmt: skip
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+RIVALS = ("onnxruntime", "openvino", "auto-round-lib", "llama-cpp-python")
+
 
 def processor() -> str:
     try:
@@ -63,14 +65,5 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "read_gb_s": round(read_bandwidth(), 1),
         "float32_gflop_s": round(float32_gflops(), 1),
-        "versions": versions(
-            "qcompile",
-            "torch",
-            "llvmlite",
-            "torch-mlir",
-            "onnxruntime",
-            "openvino",
-            "auto-round-lib",
-            "llama-cpp-python",
-        ),
+        "versions": versions("qcompile", "torch", "llvmlite", "torch-mlir", *RIVALS),
     }

