@@ -47,6 +47,24 @@ class Input:
     shape: tuple[Dim, ...]
 
 
+@dataclass(frozen=True)
+class WeightRecord:
+    """Where the weight of a module lies now, and the way back to its value.
+
+    The packed weight [n, k] in `format` (its JSON) is held by `tensors` (stored name -> name in `Program.tensors`); the
+    module's own weight is its `rows` rows from `row` on. `order`, if any, names the i64 [k] tensor that says which input of
+    the module each packed column is: module_weight[:, order[i]] = packed[:, i].
+    """
+
+    format: dict[str, Any]
+    tensors: dict[str, str]
+    n: int
+    k: int
+    row: int
+    rows: int
+    order: str | None = None
+
+
 @dataclass
 class Program:
     """A captured model.
@@ -55,7 +73,8 @@ class Program:
     state tensor named in `states` (after them). Each parameter, buffer or stored tensor is a `get_attr` node whose
     `meta["tensor"]` is its name and whose value is `tensors[name]`; a float parameter not yet read is on the meta device.
     Every node has `meta["val"]` (a FakeTensor), `meta["module"]` (module path, "" at the top) and, when a pass made it,
-    `meta["made_by"]`. `sizes` maps each named size to its (least, greatest) value.
+    `meta["made_by"]`. `sizes` maps each named size to its (least, greatest) value. `weights` has a record for each module
+    whose weight a pass has given its place.
     """
 
     graph: torch.fx.GraphModule
@@ -71,3 +90,4 @@ class Program:
     states: dict[str, Input] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] | None = None
+    weights: dict[str, WeightRecord] = field(default_factory=dict)

@@ -1,0 +1,171 @@
+"""What happened to every weight and node of a model, as data: formats, kernels, and the reason wherever there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from qcompile.errors import InternalError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A pattern that agreed with the graph at `node` and failed below it, for `reason`. `module` is the node's module path."""
+
+    pattern: str
+    node: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A node that no kernel covers: it runs through ATen as `op`."""
+
+    node: str
+    op: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One module's weight [n, k].
+
+    `format` is how the source stores it and `layout` how the compiled model does (formats' kinds); `bits` counts the stored
+    bits a weight in `layout`, scales included, and `bytes` its share of the weights file. `kernel` and `tier` come from
+    lowering. `reason` says why the weight was not quantized, or why its layout or kernel is not the fast one.
+    """
+
+    path: str
+    method: str
+    format: str
+    n: int
+    k: int
+    layout: str = ""
+    bits: float = 0.0
+    bytes: int = 0
+    kernel: str = ""
+    tier: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One lowered node and the kernels that its steps may run."""
+
+    node: str
+    op: str
+    module: str
+    kernels: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """The record of one compilation. Passes and lowering add to it; it is written as `report.json`."""
+
+    target: str = ""
+    accuracy: str = ""
+    method: str = ""
+    weights: dict[str, WeightRow] = field(default_factory=dict)
+    nodes: list[NodeRow] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    passes: list[tuple[str, int]] = field(default_factory=list)
+
+    def weight(self, row: WeightRow) -> None:
+        """Adds the row of a module; InternalError when it has one."""
+        if row.path in self.weights:
+            raise InternalError("a module's weight is reported twice", where=row.path)
+        self.weights[row.path] = row
+
+    def update_weight(self, path: str, **changes: Any) -> None:
+        """Changes fields of a module's row; `reason` is appended to what is there."""
+        row = self.weights[path]
+        if row.reason and changes.get("reason"):
+            changes["reason"] = f"{row.reason}; {changes['reason']}"
+        self.weights[path] = replace(row, **changes)
+
+    def note(self, text: str) -> None:
+        """Adds a line, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Keeps a refusal, once."""
+        if refusal not in self.refusals:
+            self.refusals.append(refusal)
+
+    def lowered(self, node: Node, kernels: Iterable[Iterable[str]]) -> None:
+        """Notes the kernels (a list for each step) that `node` became."""
+        names = tuple(dict.fromkeys(name for step in kernels for name in step))
+        self.nodes.append(NodeRow(node.name, str(node.target), node.meta.get("module", ""), names))
+
+    def fallback(self, node: Node, reason: str) -> None:
+        """Notes that `node` runs through ATen, and why."""
+        self.fallbacks.append(Fallback(node.name, str(node.target), node.meta.get("module", ""), reason))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data; `Report.from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Report:
+        return Report(
+            target=data["target"],
+            accuracy=data["accuracy"],
+            method=data["method"],
+            weights={path: WeightRow(**row) for path, row in data["weights"].items()},
+            nodes=[NodeRow(**{**row, "kernels": tuple(row["kernels"])}) for row in data["nodes"]],
+            refusals=[Refusal(**row) for row in data["refusals"]],
+            fallbacks=[Fallback(**row) for row in data["fallbacks"]],
+            notes=list(data["notes"]),
+            passes=[(name, count) for name, count in data["passes"]],
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that have a row."""
+        return sum(row.bytes for row in self.weights.values())
+
+    def why_not(self, path: str) -> list[str]:
+        """Every recorded reason that concerns the module `path`: its weight's, the refusals at it, the fallbacks in it."""
+        lines = [self.weights[path].reason] if path in self.weights and self.weights[path].reason else []
+        lines += [f"{r.pattern}: {r.reason}" for r in self.refusals if r.module == path]
+        return lines + [f"{f.op}: {f.reason}" for f in self.fallbacks if f.module == path]
+
+    def table(self) -> Table:
+        """The weights as a rich table, equal layers counted once."""
+        from rich.table import Table
+
+        groups: dict[tuple[str, ...], list[WeightRow]] = {}
+        for row in self.weights.values():
+            pattern = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
+            key = (pattern, row.format, row.layout, f"{row.bits:.2f}", f"{row.n} x {row.k}", row.kernel, row.tier, row.reason)
+            groups.setdefault(key, []).append(row)
+        table = Table("weight", "count", "shape", "format", "layout", "bits", "MB", "kernel", "reason")
+        for (pattern, format_, layout, bits, shape, kernel, tier, reason), rows in groups.items():
+            size = f"{sum(row.bytes for row in rows) / 1e6:.2f}"
+            named = f"{kernel} ({tier})" if tier else kernel
+            table.add_row(pattern, str(len(rows)), shape, format_, layout, bits, size, named, reason)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+            console.print(f"{len(self.weights)} weights, {self.weight_bytes / 1e6:.1f} MB")
+            for (op, reason), count in Counter((f.op, f.reason) for f in self.fallbacks).items():
+                console.print(f"through ATen, {count} x {op}: {reason}")
+            for note in self.notes:
+                console.print(f"note: {note}")
+        return capture.get()

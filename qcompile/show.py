@@ -1,0 +1,152 @@
+"""A graph as text that reads like Python, and as DOT."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from qcompile.dtypes import NAMES
+
+if TYPE_CHECKING:
+    import networkx
+    from qcompile.program import Program
+
+Names = dict[str, str]
+
+
+def _sizes(program: Program) -> Names:
+    """The graph's symbol for each named size, such as s27 -> "b"."""
+    placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
+    names: Names = {}
+    for node, port in zip(placeholders, (*program.inputs, *program.states.values()), strict=False):
+        for name, value in zip(port.shape, node.meta["val"].shape, strict=False):
+            if isinstance(name, str) and isinstance(value, torch.SymInt):
+                names.setdefault(str(value.node.expr), name)
+    return names
+
+
+def _number(value: Any, sizes: Names) -> str:
+    if not isinstance(value, torch.SymInt):
+        return str(value)
+    expr = value.node.expr
+    by_symbol = {symbol: sizes[str(symbol)] for symbol in expr.free_symbols if str(symbol) in sizes}
+    return str(expr.subs(by_symbol))
+
+
+def _type(value: Any, sizes: Names) -> str:
+    """A value's dtype and shape: `f32[b, s, 64]`."""
+    if isinstance(value, torch.Tensor):
+        return f"{NAMES.get(value.dtype, value.dtype)}[{', '.join(_number(size, sizes) for size in value.shape)}]"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_type(item, sizes) for item in value)})"
+    return _number(value, sizes)
+
+
+def _format(data: dict[str, Any]) -> str:
+    fields = ", ".join(f"{name}={value!r}" for name, value in data.items() if name not in ("kind", "table"))
+    return f"{data.get('kind', '?')}({fields})"
+
+
+def _spec(data: dict[str, Any]) -> str:
+    """A `LinearSpec` in the order in which it computes."""
+    parts = []
+    if data["prologue"]:
+        parts.append(f"{data['prologue']['op']} ->")
+    parts.append(" & ".join(f"{_format(part['format'])}[{part['n']}, {data['k']}]" for part in data["parts"]))
+    if data["bias"]:
+        parts.append("+ bias")
+    for step in data["epilogue"]:
+        parts.append(f"-> {step['op']}" + (f"({step['act']})" if "act" in step else ""))
+    if data["accuracy"] != "exact":
+        parts.append(f"in {data['accuracy']}")
+    return f"'{' '.join(parts)}'"
+
+
+def _text(item: str) -> str:
+    """A string argument; the JSON of formats and specs in short."""
+    if item.startswith("{"):
+        data = json.loads(item)
+        return _spec(data) if "parts" in data else f"'{_format(data)}'"
+    return repr(item)
+
+
+def _argument(item: Any, sizes: Names) -> str:
+    if isinstance(item, Node):
+        return item.name
+    if isinstance(item, (list, tuple)):
+        return f"[{', '.join(_argument(part, sizes) for part in item)}]"
+    if isinstance(item, str):
+        return _text(item)
+    return _number(item, sizes) if isinstance(item, torch.SymInt) else str(item)
+
+
+def _operation(node: Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _lines(graph: Graph, sizes: Names, owner: GraphModule, name: str) -> list[str]:
+    inputs = [f"{n.target}: {_type(n.meta.get('val'), sizes)}" for n in graph.nodes if n.op == "placeholder"]
+    lines, regions = [f"def {name}({', '.join(inputs)}):"], []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        arguments = [_argument(item, sizes) for item in node.args]
+        arguments += [f"{key}={_argument(value, sizes)}" for key, value in node.kwargs.items()]
+        if node.op == "output":
+            lines.append(f"    return {', '.join(_argument(item, sizes) for item in node.args[0])}")
+            continue
+        if node.op == "call_module":
+            regions.append((node.target, getattr(owner, node.target)))
+        where = f"  {node.meta['module']}" if node.meta.get("module") else ""
+        typed = f"  # {_type(node.meta.get('val'), sizes)}{where}"
+        lines.append(f"    {node.name} = {_operation(node)}({', '.join(arguments)}){typed}")
+    for target, region in regions:
+        lines += ["", *_lines(region.graph, sizes, region, target)]
+    return lines
+
+
+def show(program: Program) -> str:
+    """The graph as Python-like text: its stored tensors, then a line for each node with its type and module path.
+
+    Formats and linear specs are shortened to what a reader needs; the text is for reading and is never run.
+    """
+    sizes = _sizes(program)
+    stored = []
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            tensor = program.tensors[node.meta["tensor"]]
+            stored.append(f"{node.name}: {_type(tensor, sizes)} = '{node.meta['tensor']}'")
+    lines = _lines(program.graph.graph, sizes, program.graph, "forward")
+    return "\n".join([*stored, *([""] if stored else []), *lines]) + "\n"
+
+
+def to_networkx(program: Program) -> networkx.DiGraph:
+    """The graph's data flow: a node for each FX node, with `op`, `type` and `module` attributes."""
+    import networkx
+
+    sizes, made = _sizes(program), networkx.DiGraph()
+    for node in program.graph.graph.nodes:
+        type_ = _type(node.meta.get("val"), sizes) if node.op != "output" else ""
+        op = _operation(node) if node.op.startswith("call") else node.op
+        made.add_node(node.name, op=op, type=type_, module=node.meta.get("module", ""))
+        made.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+    return made
+
+
+def dot(program: Program) -> str:
+    """The data flow in the DOT language, without the stored tensors."""
+    graph = to_networkx(program)
+    lines = ["digraph program {", "  node [shape=box, fontname=monospace];"]
+    for name, data in graph.nodes(data=True):
+        if data["op"] != "get_attr":
+            label = json.dumps(f"{name}\n{data['op']}\n{data['type']}")
+            lines.append(f"  {json.dumps(name)} [label={label}];")
+    for source, target in graph.edges:
+        if graph.nodes[source]["op"] != "get_attr":
+            lines.append(f"  {json.dumps(source)} -> {json.dumps(target)};")
+    return "\n".join([*lines, "}"]) + "\n"
