@@ -99,32 +99,41 @@ class Value:
     def signed_shift(self, other: Value | int) -> Value:
         return self._binary("shrsi", other)
 
-    def least(self, other: Value | int) -> Value:
-        return self._binary("minsi", other)
+    def least(self, other: Value | int | float) -> Value:
+        """The smaller; of floats, the one that is a number where the other is NaN."""
+        return self._binary("minnumf" if self.is_float else "minsi", other)
 
-    def most(self, other: Value | int) -> Value:
-        return self._binary("maxsi", other)
+    def most(self, other: Value | int | float) -> Value:
+        """The greater; of floats, the one that is a number where the other is NaN."""
+        return self._binary("maxnumf" if self.is_float else "maxsi", other)
 
-    def __neg__(self) -> Value:
-        return self.text.op(f"arith.negf {self} : {self.type}", self.type)
+    @property
+    def is_float(self) -> bool:
+        return self.element.startswith("f")
 
-    def _compare(self, name: str, other: Value | int | float) -> Value:
-        """Integers compare signed; floats ordered, so false where either is NaN."""
+    def compare(self, name: str, other: Value | int | float) -> Value:
+        """i1 lanes; `name` is a predicate of arith: eq, slt, ult ... of integers, oeq, olt, une, uno ... of floats."""
         right = self.text.constant(other, self.type)
-        if self.element.startswith("f"):
-            return self.text.op(
-                f"arith.cmpf o{name.lstrip('s')}, {self}, {right} : {self.type}", vector(self.count, "i1")
-            )
-        return self.text.op(f"arith.cmpi {name}, {self}, {right} : {self.type}", vector(self.count, "i1"))
+        operation = "cmpf" if self.is_float else "cmpi"
+        return self.text.op(f"arith.{operation} {name}, {self}, {right} : {self.type}", vector(self.count, "i1"))
+
+    def _ordered(self, name: str, other: Value | int | float) -> Value:
+        return self.compare(("o" if self.is_float else "s") + name, other)
 
     def __lt__(self, other: Value | int | float) -> Value:
-        return self._compare("slt", other)
+        return self._ordered("lt", other)
+
+    def __le__(self, other: Value | int | float) -> Value:
+        return self._ordered("le", other)
 
     def __gt__(self, other: Value | int | float) -> Value:
-        return self._compare("sgt", other)
+        return self._ordered("gt", other)
+
+    def __ge__(self, other: Value | int | float) -> Value:
+        return self._ordered("ge", other)
 
     def equals(self, other: Value | int | float) -> Value:
-        return self._compare("eq", other)
+        return self.compare("oeq" if self.is_float else "eq", other)
 
     def at(self, index: Value | int, element: str = "i8") -> Value:
         """The address of element `index` behind this pointer."""
