@@ -186,7 +186,7 @@ class Text:
         if isinstance(value, Value):
             return value
         element = type[type.index("x") + 1 : -1] if type.startswith("vector<") else type
-        literal = _float(float(value)) if element.startswith("f") else str(int(value))
+        literal = _float(float(value), element) if element.startswith("f") else str(int(value))
         key = (literal, type)
         if key not in self._constants:
             self._constants[key] = Value(self, f"%c{len(self._constants)}", type)
@@ -194,7 +194,7 @@ class Text:
 
     def constants(self, values: Sequence[int | float], element: str) -> Value:
         """The constant vector of `values`."""
-        literal = ", ".join(_float(float(v)) if element.startswith("f") else str(int(v)) for v in values)
+        literal = ", ".join(_float(float(v), element) if element.startswith("f") else str(int(v)) for v in values)
         key = (f"[{literal}]", vector(len(values), element))
         if key not in self._constants:
             self._constants[key] = Value(self, f"%c{len(self._constants)}", key[1])
@@ -348,9 +348,9 @@ class Text:
         return comment + "\n".join(["module {", *body, "    return", "  }", "}", ""])
 
 
-def _float(value: float) -> str:
+def _float(value: float, element: str) -> str:
     if math.isfinite(value):
-        return f"{value:.9e}"
+        return f"{value:.17e}" if element == "f64" else f"{value:.9e}"
     return "0x7FC00000" if math.isnan(value) else "0x7F800000" if value > 0 else "0xFF800000"
 
 
