@@ -32,7 +32,7 @@ def layer_tables(seconds: float, bandwidth: float) -> list[dict[str, Any]]:
                         {
                             "accuracy": accuracy, "N": n, "K": k, "M": m, "contender": name, "us": value * 1e6,
                             "gflop_s": 2 * m * n * k / value / 1e9, "int4_gb_s": bytes_of(n, k) / value / 1e9,
-                            "bandwidth_share": bytes_of(n, k) / value / 1e9 / bandwidth, "ratio_to_qcompile": value / own,
+                            "bandwidth_share": bytes_of(n, k) / value / 1e9 / bandwidth, "ratio_to_ours": value / own,
                         }
                     )  # fmt: skip
                 print(f"{accuracy:6} N={n} K={k} M={m}")

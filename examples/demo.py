@@ -1,0 +1,56 @@
+"""Compiles SmolLM2 with two 4-bit configs, measures both against the float model, generates text, saves and reloads.
+
+python examples/demo.py
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import qcompile
+
+sys.path.insert(0, str(Path(__file__).parent))
+import smollm2
+
+CONFIGS = {
+    "nf4 (bitsandbytes)": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int4 (hqq, groups of 64)": {"quant_method": "hqq", "nbits": 4, "group_size": 64},
+}
+PROMPT = "Explain in two sentences why the sky is blue."
+
+
+def main() -> None:
+    words = smollm2.tokenizer()
+    windows = list(smollm2.text_windows(words, count=4))
+    model = smollm2.float_model()
+    with torch.inference_mode():
+        print(f"float32: perplexity {smollm2.perplexity(lambda ids: model(ids).logits, windows):.2f}\n")
+    del model
+    chat = words.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False)
+    prompt = words(chat, return_tensors="pt").input_ids
+    for name, config in CONFIGS.items():
+        start = time.perf_counter()
+        compiled = qcompile.compile(smollm2.gguf(), config, target="cpu")
+        print(f"== {name}: compiled in {time.perf_counter() - start:.1f} s")
+        print(compiled.report)
+        print(f"perplexity {smollm2.perplexity(lambda ids, q=compiled: q(input_ids=ids).logits, windows):.2f}")
+        with tempfile.TemporaryDirectory() as folder:
+            compiled.save(Path(folder) / "smollm2.qc")
+            del compiled
+            start = time.perf_counter()
+            loaded = qcompile.load(Path(folder) / "smollm2.qc")
+            print(f"saved, and loaded again in {time.perf_counter() - start:.2f} s")
+            start = time.perf_counter()
+            out = loaded.generate(prompt, max_new_tokens=64)
+            seconds = time.perf_counter() - start
+        made = out[0, prompt.shape[1] :]
+        print(f"{len(made) / seconds:.1f} tokens/s, reading the prompt included:\n{words.decode(made)}\n")
+
+
+if __name__ == "__main__":
+    main()

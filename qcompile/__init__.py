@@ -1,0 +1,34 @@
+"""A quantization compiler: `compile` a PyTorch or Hugging Face model under any quantization config, `load` the result.
+
+Nothing heavy is imported here: each public name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile.compiler import compile, load
+    from qcompile.errors import QCompileError
+    from qcompile.runtime.model import CompiledModel
+
+__all__ = ["CompiledModel", "QCompileError", "compile", "load"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CompiledModel": "qcompile.runtime.model",
+    "QCompileError": "qcompile.errors",
+    "compile": "qcompile.compiler",
+    "load": "qcompile.compiler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
