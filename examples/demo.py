@@ -24,13 +24,16 @@ CONFIGS = {
 PROMPT = "Explain in two sentences why the sky is blue."
 
 
+def float_perplexity(windows: list[torch.Tensor]) -> float:
+    model = smollm2.float_model()
+    with torch.inference_mode():
+        return smollm2.perplexity(lambda ids: model(ids).logits, windows)
+
+
 def main() -> None:
     words = smollm2.tokenizer()
     windows = list(smollm2.text_windows(words, count=4))
-    model = smollm2.float_model()
-    with torch.inference_mode():
-        print(f"float32: perplexity {smollm2.perplexity(lambda ids: model(ids).logits, windows):.2f}\n")
-    del model
+    print(f"float32: perplexity {float_perplexity(windows):.2f}\n")
     chat = words.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False)
     prompt = words(chat, return_tensors="pt").input_ids
     for name, config in CONFIGS.items():
