@@ -44,7 +44,8 @@ class LinearSpec:
     give act(first half) * second half, so y has N/2 columns.
     Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a
     prologue; one for each add or mul.
-    `accuracy` is "exact" (float activations) or "int8" (activations rounded to int8 per `act_group` inputs).
+    `accuracy` is "exact" (float activations) or "int8" (activations rounded by `round_activations` per `act_group` inputs,
+    value tables by `round_table`).
     """
 
     k: int
@@ -116,6 +117,29 @@ def _(ids: Tensor, stored: Sequence[Tensor], format: str, n: int, k: int) -> Ten
     return stored[0].new_empty((*ids.shape, k), dtype=torch.float32)
 
 
+def activation_group(group: int, k: int) -> int:
+    """How many of k inputs share a scale when activations are int8 and weights have scales per `group` inputs.
+
+    The group itself from 32 to 256; else the greatest size up to 128 that divides k and is a multiple of the group, or
+    divides it (and then by preference is a multiple of 32, 16, 8 or 4).
+
+    >>> activation_group(128, 4096), activation_group(16, 576), activation_group(576, 576), activation_group(1000, 1000)
+    (128, 96, 96, 40)
+    """
+    if 32 <= group <= 256:
+        return group
+    if group < 32:
+        return max(size for size in range(group, 129, group) if k % size == 0)
+    parts = [size for size in range(1, 129) if group % size == 0]
+    return next(max(fit) for unit in (32, 16, 8, 4, 1) if (fit := [size for size in parts if size % unit == 0]))
+
+
+def round_table(table: Sequence[float]) -> tuple[list[int], float]:
+    """A value table as int8 codes and the value of code 1, the 127th part of the largest entry."""
+    unit = max(abs(value) for value in table) / 127
+    return [round(value / unit) if unit else 0 for value in table], unit
+
+
 def round_activations(x: Tensor, group: int) -> Tensor:
     """x [..., K] with every `group` inputs rounded to int8 codes of one scale max|x| / 127 (half to even), as float."""
     k = x.shape[-1]
@@ -148,7 +172,11 @@ def linear(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: 
     weights = []
     for part in what.parts:
         tensors, stored_left = stored_left[: part.tensors], stored_left[part.tensors :]
-        weights.append(dequantize(tensors, json.dumps(part.format), part.n, what.k))
+        format_ = part.format
+        if what.accuracy == "int8" and format_.get("table") is not None:
+            codes, unit = round_table(format_["table"])
+            format_ = {**format_, "table": [code * unit for code in codes]}
+        weights.append(dequantize(tensors, json.dumps(format_), part.n, what.k))
     y = functional.linear(y, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
     for step in what.epilogue:
         if step["op"] == "add":
