@@ -107,6 +107,9 @@ class Value:
         """The greater; of floats, the one that is a number where the other is NaN."""
         return self._binary("maxnumf" if self.is_float else "maxsi", other)
 
+    def __neg__(self) -> Value:
+        return self.text.op(f"arith.negf {self} : {self.type}", self.type)
+
     @property
     def is_float(self) -> bool:
         return self.element.startswith("f")
