@@ -14,19 +14,11 @@ from qcompile.expr import Expr, bits, cast, cat, const, k, n
 from qcompile.format import Format, Names, Packed, Problem, Stored
 from qcompile.formats.affine import Affine, Terms
 from qcompile.formats.dense import Dense
+from qcompile.formats.stream import planes
 from qcompile.simplify import interval
 
 LANES = 16
 SHORTEST = 8  # inputs that must share a scale for a kernel to apply it once a group
-
-
-def planes(width: int) -> tuple[int, ...]:
-    """The widths of the bit planes that hold a code of `width` bits, the plane of the lowest bits first.
-
-    >>> planes(3), planes(7), planes(8)
-    ((2, 1), (4, 2, 1), (8,))
-    """
-    return tuple(w for w in (8, 4, 2, 1) if width & w)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""GPTQ: codes along the inputs in 32-bit words, zero points along the outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from qcompile.expr import Expr, bits, k, n
+from qcompile.format import Problem, Stored
+from qcompile.formats.affine import Affine, Terms
+from qcompile.formats.stream import planar, stream
+
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 in every field of a word
+
+
+@dataclass(frozen=True)
+class Gptq(Affine):
+    """Affine codes of 2 to 8 bits, packed along K; the zero of `v1` files is stored less one.
+
+    qweight i32 [ceil(K * bits / 32), N], qzeros i32 [ceil(K / group), ceil(N * bits / 32)], scales [ceil(K / group), N], and, where
+    `indirect`, g_idx i32 [K]: the group of each input. `planar`: bit planes instead of one stream (always for 5 to 7 bits).
+    v1 files of 2, 4 and 8 bits subtract one from each field of the whole word, so a zero of 0 borrows from the next field.
+    """
+
+    kind: ClassVar[str] = "gptq"
+    bits: int = 4
+    group: int = 128
+    v1: bool = True
+    indirect: bool = False
+    planar: bool = False
+    scale: str = "f16"
+
+    def stored(self, N: int, K: int) -> tuple[Stored, ...]:
+        groups = -(-K // self.group)
+        out = (
+            Stored("qweight", "i32", (-(-K * self.bits // 32), N)),
+            Stored("qzeros", "i32", (groups, -(-N * self.bits // 32))),
+            Stored("scales", self.scale, (groups, N)),
+        )
+        return (*out, Stored("g_idx", "i32", (K,))) if self.indirect else out
+
+    def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
+        g = t.g_idx[k] if self.indirect else k // self.group
+        unpack = planar if self.planar else stream
+        whole = self.v1 and self.bits in ONES  # v1 subtracted from whole words
+        one = ONES.get(self.bits, 0) if whole else 0
+        zero = unpack(lambda i: t.qzeros[g, i] + one if one else t.qzeros[g, i], n, self.bits)
+        out = {
+            "code": unpack(lambda i: t.qweight[i, n], k, self.bits),
+            "zero": bits(zero + 1, 0, self.bits) if self.v1 and not whole else zero,
+            "scale": t.scales[g, n],
+        }
+        return out | {"group": g} if self.indirect else out
+
+    def terms(self, f: Any) -> Terms:
+        return Terms(f.code, f.scale, f.zero, rounding=f"product-{self.scale}" if self.scale != "f32" else "none")
+
+    def check(self, N: int, K: int) -> list[Problem]:
+        if self.planar and (N % 32 or K % 32):
+            return [Problem(f"[{N}, {K}]", "multiples of 32 for bit planes")]
+        return []
+
+    def group_size(self, N: int, K: int) -> int | None:
+        return None if self.indirect else min(self.group, K)

@@ -1,0 +1,35 @@
+"""Constant code tables, by the names that formats use."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+# QLoRA's 4-bit normal float (bitsandbytes functional.py), as float32.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@functools.cache
+def entries(name: str) -> tuple[float, ...]:
+    """The table called "nf4", "fp4" (both bitsandbytes, 16 entries) or "dynamic" (its signed 8-bit map, 256 entries), as float32."""
+    return {"nf4": lambda: NF4, "fp4": _fp4, "dynamic": _dynamic}[name]()
+
+
+def _fp4() -> tuple[float, ...]:
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
+    return tuple(torch.cat([positive, 0 - positive]).tolist())  # `0 - x`: both zeros are +0.0, as bitsandbytes stores them
+
+
+def _dynamic() -> tuple[float, ...]:
+    """Seven decades, decade i with 2**i means of neighbouring points of linspace(0.1, 1), their negatives, 0 and 1."""
+    out = [0.0, 1.0]
+    for i in range(7):
+        points = torch.linspace(0.1, 1, 2**i + 1)
+        means = ((points[:-1] + points[1:]) / 2.0 * 10 ** (i - 6)).tolist()
+        out += means + [-mean for mean in means]
+    return tuple(sorted(out))
