@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Match:
 class Pattern:
     """Replace what `find` computes by what `replace` computes.
 
-    Both take the same arguments, by name. `find` is traced once: each argument matches any value (the same value when it is
+    Both take the same arguments, in order. `find` is traced once: each argument matches any value (the same value when it is
     named twice), each operator the same operator, each number itself; additions and multiplications match in both orders.
     `replace` is called for each match with the values found: nodes as FX proxies, numbers, strings and None as they are.
     `where` may give a reason why a match must be left alone. Nodes inside a match may not be used outside it, unless their
@@ -67,7 +67,7 @@ class _Failure:
 _State = dict[Node, Any]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _traced(find: Callable[..., Any]) -> tuple[Graph, Node]:
     graph = symbolic_trace(find).graph
     root = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -89,7 +89,7 @@ class _Matcher:
 
     def fail(self, state: _State, reason: str) -> None:
         calls = [node for node in state if node.op == "call_function"]
-        if len(calls) >= self.failure.depth:
+        if len(calls) > self.failure.depth:
             self.failure = _Failure(len(calls), any(node.target is self.key for node in calls), reason)
 
     def value(self, pattern: Any, found: Any, state: _State) -> Iterator[_State]:
@@ -109,9 +109,7 @@ class _Matcher:
                 yield from self.sequence(list(zip(pattern, found, strict=True)), state)
             else:
                 self.fail(state, f"expected {len(pattern)} values, found {found}")
-        elif pattern == found and type(pattern) is type(found):
-            yield state
-        elif isinstance(pattern, (int, float)) and isinstance(found, (int, float)) and pattern == found:
+        elif pattern == found and isinstance(pattern, bool) == isinstance(found, bool):
             yield state
         else:
             self.fail(state, f"expected {pattern}, found {found}")
@@ -168,8 +166,8 @@ def apply(pattern: Pattern, made: Match) -> Node:
     tracer = GraphAppendingTracer(graph)
     before = root.prev
     with graph.inserting_before(root):
-        values = map_arg(made.values, lambda node: Proxy(node, tracer))
-        result = map_aggregate(pattern.replace(**values), lambda x: x.node if isinstance(x, Proxy) else x)
+        values = map_arg(tuple(made.values.values()), lambda node: Proxy(node, tracer))
+        result = map_aggregate(pattern.replace(*values), lambda x: x.node if isinstance(x, Proxy) else x)
     if not isinstance(result, Node):
         raise InternalError("a replacement is not a node", where=pattern.name, found=repr(result))
     node = before.next

@@ -1,0 +1,190 @@
+"""Puts packed weights into the graph: every linear and embedding reads stored tensors through their format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from qcompile.dtypes import NAMES
+from qcompile.errors import CheckpointError
+from qcompile.format import Packed
+from qcompile.formats.dense import Dense
+from qcompile.methods.base import Quantized, Skip
+from qcompile.passes.base import Context, Pass
+from qcompile.passes.graph import arguments, call, is_call, substitute, tensor_node, unused_name
+from qcompile.program import Module, Program, WeightRecord
+from qcompile.report import WeightRow
+
+aten, qc = torch.ops.aten, torch.ops.qcompile
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A node that uses the weight of a module."""
+
+    node: Node
+    module: Module
+
+
+def _weight_of(node: Node) -> tuple[Node, bool] | None:
+    """The stored tensor that a linear or embedding node reads, and whether it is transposed ([K, N])."""
+    weight = node.args[1] if is_call(node, aten.linear.default) else node.args[0]
+    transposed = is_call(weight, aten.t.default)
+    weight = weight.args[0] if transposed else weight
+    known = isinstance(weight, Node) and weight.op == "get_attr" and weight.meta["val"].dim() == 2
+    return (weight, transposed) if known else None
+
+
+def _sites(program: Program) -> list[_Site]:
+    by_tensor: dict[str, list[Module]] = {}
+    for module in program.modules.values():
+        by_tensor.setdefault(module.weight, []).append(module)
+    sites = []
+    for node in program.graph.graph.nodes:
+        if not is_call(node, aten.linear.default, aten.embedding.default):
+            continue
+        found = _weight_of(node)
+        if found is None:
+            continue
+        weight, transposed = found
+        name, path = weight.meta["tensor"], node.meta.get("module", "")
+        owners = by_tensor.get(name, [])
+        kind = "Embedding" if is_call(node, aten.embedding.default) else "Conv1D" if transposed else "Linear"
+        owners = [m for m in owners if m.path == path] or [m for m in owners if m.kind == kind]
+        sites.append(_Site(node, owners[0] if owners else _unowned(node, name, kind)))
+    return sites
+
+
+def _unowned(node: Node, name: str, kind: Any) -> Module:
+    """A description of a weight that is a bare parameter: no method sees it, and it stays dense."""
+    found = _weight_of(node)
+    assert found is not None  # the caller has looked
+    rows, columns = found[0].meta["val"].shape
+    n, k = (columns, rows) if found[1] else (rows, columns)
+    return Module(name.removesuffix(".weight"), kind, n, k, name)
+
+
+_Placed = tuple[WeightRecord, list[Node]]
+
+
+@dataclass
+class _Weights:
+    """The packed weights made so far, by source tensor and format ("" for dense)."""
+
+    program: Program
+    ctx: Context
+    prequantized: bool
+    placed: dict[tuple[str, str], _Placed] = field(default_factory=dict)
+
+    def decide(self, module: Module) -> Quantized | Skip:
+        """What the method says about a module."""
+        method, config = self.ctx.method, self.ctx.config
+        if method is None or config is None:
+            return Skip("no quantization was asked for")
+        if module.path not in self.program.modules:
+            return Skip("a bare parameter, which belongs to no layer")
+        return method.select(config, module, self.program.source, self.program.modules)
+
+    def place(self, module: Module, selected: Quantized | Skip) -> _Placed:
+        """The record and the graph's nodes of a module's weight, stored when it is not yet."""
+        key = (module.weight, "" if isinstance(selected, Skip) else json.dumps(selected.format.to_json()))
+        if key not in self.placed:
+            packed = self._pack(module, selected)
+            packed.check(module.path)
+            self.placed[key] = _store(self.program, module, packed)
+        return self.placed[key]
+
+    def _pack(self, module: Module, selected: Quantized | Skip) -> Packed:
+        method, config = self.ctx.method, self.ctx.config
+        if isinstance(selected, Skip) or method is None or config is None:
+            return _dense(self.program, module)
+        if not self.prequantized:
+            return method.quantize(config, module, _float_weight(self.program, module))
+        for name in (*selected.names.values(), *selected.also_claims):
+            self.program.ledger.claim(name, module.weight)
+        return method.read(config, module, selected, self.program.source)
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Every linear reads `qcompile.dequantize` of stored tensors, every embedding becomes `qcompile.embedding`.
+
+    The method decides for each module: its own format, read from the checkpoint or computed from the float weight, or dense
+    as the source stores it. The reason for each dense one is in the report. A weight that several modules share is stored
+    once for each format it is wanted in.
+    """
+
+    name: ClassVar[str] = "quantize"
+
+    def run(self, program: Program, ctx: Context) -> int:
+        method, config = ctx.method, ctx.config
+        weights = _Weights(program, ctx, False)
+        if method is not None and config is not None:
+            weights.prequantized = method.prequantized(config, program.source)
+            ctx.report.method = method.name
+            for name, note in method.effects(config):
+                ctx.report.note(f"{method.name} config, {name}: {note}")
+        count = 0
+        for site in _sites(program):
+            if not ctx.take():
+                break
+            path = site.module.path
+            ctx.working(self.name, path)
+            selected = weights.decide(site.module)
+            record, stored = weights.place(site.module, selected)
+            self._replace(site, record, stored)
+            count += 1
+            if path not in program.weights:
+                program.weights[path] = record
+                how, reason = ("none", selected.reason) if isinstance(selected, Skip) else (ctx.report.method, selected.note)
+                ctx.report.weight(
+                    WeightRow(path, how, record.format["kind"], site.module.n, site.module.k, reason=reason)
+                )
+        return count
+
+    def _replace(self, site: _Site, record: WeightRecord, stored: list[Node]) -> None:
+        node, text = site.node, json.dumps(record.format)
+        if is_call(node, aten.embedding.default):
+            made = call(node, qc.embedding.default, (node.args[1], stored, text, record.n, record.k), self.name)
+        else:
+            x, bias = arguments(node)["input"], arguments(node)["bias"]
+            weight = call(node, qc.dequantize.default, (stored, text, record.n, record.k), self.name)
+            made = call(node, aten.linear.default, (x, weight, bias), self.name)
+        made.meta["module"] = site.module.path
+        substitute(node, made)
+
+
+def _float_weight(program: Program, module: Module) -> torch.Tensor:
+    """The module's weight [N, K] as the source stores it; CheckpointError unless it is a float matrix of that shape."""
+    weight = program.ledger.read(module.weight, module.weight)
+    expected = (module.k, module.n) if module.kind == "Conv1D" else (module.n, module.k)
+    if tuple(weight.shape) != expected or not weight.is_floating_point():
+        raise CheckpointError(
+            f"the weight '{module.weight}' is not a float matrix of the layer's shape",
+            where=f"{module.path}, {program.source.describe()}",
+            found=f"{NAMES.get(weight.dtype, weight.dtype)} {list(weight.shape)}",
+            expected=f"f32, f16 or bf16 {list(expected)}",
+            remedy="check that the checkpoint belongs to this architecture, and give the config it was quantized with",
+        )
+    return weight.t().contiguous() if module.kind == "Conv1D" else weight
+
+
+def _dense(program: Program, module: Module) -> Packed:
+    weight = _float_weight(program, module)
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        weight = weight.float()
+    return Packed(Dense(NAMES[weight.dtype]), {"weight": weight.contiguous()}, module.n, module.k)
+
+
+def _store(program: Program, module: Module, packed: Packed) -> tuple[WeightRecord, list[Node]]:
+    names = {}
+    for stored in packed.format.stored(packed.N, packed.K):
+        whole = len(packed.tensors) == 1 and stored.name == "weight"
+        names[stored.name] = name = unused_name(program, f"{module.path}.{'packed' if whole else stored.name}")
+        program.tensors[name] = packed.tensors[stored.name]
+    nodes = [tensor_node(program, name) for name in names.values()]
+    return WeightRecord(packed.format.to_json(), names, packed.N, packed.K, 0, module.n), nodes
