@@ -1,0 +1,193 @@
+"""Rows of x as int8 codes: the template "activation-int8", and the text that rounds one row inside another kernel.
+
+For every `group` inputs: scale = max|x| / 127, code = round_half_even(x * (127 / max|x|)); for every `block` inputs, the
+part of a dot product that the weights' zeros cause. Rows are interleaved by `tile`, so that a kernel that works on that
+many rows reads their codes of the same 4 inputs one behind the other:
+
+    codes  i32 [ceil(M / tile), K / 4, tile]      4 codes a word
+    scales f32 [ceil(M / tile), K / group, tile]
+    sums       [ceil(M / tile), K / block, tile]  i32: -zero * sum of codes, f32: sum of codes; none where zero is 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qcompile.lowering.mlir.text import Text, Value, vector
+from qcompile.target import Target
+
+TEMPLATE = "activation-int8"
+LEAST = 1e-30  # a group of nothing but smaller numbers is rounded to 0, without a division by 0
+_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds half to even, and leaves the integer in the low bits
+_MAGIC_BITS = 0x4B400000
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How x is rounded. `sums` says what is stored for the weights' zeros; `zero` is theirs if "start".
+
+    `prologue` is that of `LinearSpec`: the norm that is applied first.
+    """
+
+    k: int
+    group: int
+    block: int
+    tile: int
+    sums: Literal["none", "start", "after"] = "none"
+    zero: int = 0
+    prologue: dict[str, Any] | None = None
+
+    @property
+    def width(self) -> int:
+        """Lanes of the vectors that a row is read in."""
+        return next(width for width in (16, 8, 4) if self.block % width == 0)
+
+    @property
+    def norms(self) -> int:
+        """Tensors of the prologue."""
+        return {"": 0, "rms_norm": 1, "layer_norm": 2}[self.prologue["op"] if self.prologue else ""]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rounded rows lie: pointers at one tile (its first row, or a later one: the interleave stays)."""
+
+    codes: Value
+    scales: Value
+    sums: Value | None
+
+    def at(self, r: Rounding, tile: Value | int, row: Value | int) -> Rows:
+        """Row `row` of tile `tile` behind this one."""
+        t = self.codes.text
+        tile, row = t.constant(tile, "i64"), t.constant(row, "i64")
+
+        def moved(pointer: Value, per_row: int) -> Value:
+            return pointer.at(tile * (per_row * r.tile) + row, "i32")
+
+        sums = None if self.sums is None else moved(self.sums, r.k // r.block)
+        return Rows(moved(self.codes, r.k // 4), moved(self.scales, r.k // r.group), sums)
+
+
+def on_stack(t: Text, r: Rounding) -> Rows:
+    """Room for one tile."""
+    codes, scales = t.stack(r.k // 4 * r.tile, "i32"), t.stack(r.k // r.group * r.tile, "f32")
+    return Rows(codes, scales, t.stack(r.k // r.block * r.tile, "i32") if r.sums != "none" else None)
+
+
+def round_row(t: Text, r: Rounding, x: Value, norms: Sequence[Value], out: Rows) -> None:
+    """Rounds the row that `x` points at; `norms` point at the prologue's tensors."""
+    normalise = _normaliser(t, r, x, norms)
+    with t.loop(0, r.k // r.group) as group:
+        start = group * r.group
+        values = [normalise(start + i) for i in range(0, r.group, r.width)]
+        scale, inverse = _scale(t, values)
+        t.store(scale, out.scales.at(group * r.tile, "f32"))
+        per_block = r.block // r.width
+        for block in range(r.group // r.block):
+            total = None
+            for i in range(block * per_block, (block + 1) * per_block):
+                # The low byte of the shifted number is the code.
+                bits = t.cast("bitcast", values[i] * t.broadcast(inverse, r.width) + _MAGIC, "i32")
+                total = bits if total is None else total + bits
+                _store_codes(t, r, bits, out.codes, start + i * r.width)
+            if out.sums is not None and total is not None:
+                count = t.reduce("add", total) - _wrapped(r.block * _MAGIC_BITS)
+                place = out.sums.at((group * (r.group // r.block) + block) * r.tile, "i32")
+                t.store(count * -r.zero if r.sums == "start" else t.cast("sitofp", count, "f32"), place)
+
+
+def _scale(t: Text, values: Sequence[Value]) -> tuple[Value, Value]:
+    """max|x| / 127 and 127 / max|x|, over all lanes of all values. A NaN has the greatest bits: it makes both NaN."""
+    most = None
+    for value in values:
+        size = t.cast("bitcast", value, "i32") & 0x7FFFFFFF
+        most = size if most is None else most.most(size)
+    assert most is not None
+    bits = t.reduce("maxsi", most)
+    greatest = t.cast("bitcast", bits.most(t.cast("bitcast", t.constant(LEAST, "f32"), "i32")), "f32")
+    return greatest / 127.0, 127.0 / greatest
+
+
+def _store_codes(t: Text, r: Rounding, bits: Value, codes: Value, k: Value) -> None:
+    words = t.reinterpret(t.cast("trunci", bits, "i8"), f"vector<{r.width // 4}xi32>")
+    word = k // 4
+    if r.tile == 1 and r.width > 4:
+        t.store(words, codes.at(word, "i32"))
+        return
+    for i in range(r.width // 4):
+        t.store(t.slice(words, i, 1), codes.at((word + i) * r.tile, "i32"))
+
+
+class _normaliser:
+    """Reads `r.width` inputs from an index on, with the prologue applied; statistics of the row are taken once."""
+
+    def __init__(self, t: Text, r: Rounding, x: Value, norms: Sequence[Value]):
+        self.t, self.r, self.x, self.norms = t, r, x, norms
+        self.mean: Value | None = None
+        self.rate: Value | None = None
+        if r.prologue is None:
+            return
+        centred = r.prologue["op"] == "layer_norm"
+        if centred:
+            self.mean = t.broadcast(self._sum(lambda value, total: value + total) * (1.0 / r.k), r.width)
+        variance = self._sum(lambda value, total: t.fma(value, value, total)) * (1.0 / r.k)
+        rate = 1.0 / t.math("sqrt", variance + float(r.prologue["eps"]))
+        self.rate = t.broadcast(rate, r.width)
+
+    def _centred(self, k: Value) -> Value:
+        value = self.t.load(self.x.at(k, "f32"), vector(self.r.width, "f32"))
+        return value if self.mean is None else value - self.mean
+
+    def _sum(self, add: Any) -> Value:
+        """add(value, total) over the row, in four independent chains where the row's length allows."""
+        t, width = self.t, self.r.width
+        chains = 4 if self.r.k % (4 * width) == 0 else 1
+        zero = t.constant(0.0, vector(width, "f32"))
+        with t.loop(0, self.r.k, chains * width, carry=[zero] * chains) as loop:
+            loop.carry([add(self._centred(loop.index + i * width), total) for i, total in enumerate(loop.values)])
+        totals = list(loop.results)
+        while len(totals) > 1:
+            totals = [a + b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+        return t.reduce("add", totals[0])
+
+    def __call__(self, k: Value) -> Value:
+        value = self._centred(k)
+        if self.rate is None or self.r.prologue is None:
+            return value
+        weight = self.t.load(self.norms[0].at(k, "f32"), value.type)
+        offset = float(self.r.prologue.get("offset", 0.0))
+        value = value * self.rate * (weight + offset if offset else weight)
+        return value if self.mean is None else value + self.t.load(self.norms[1].at(k, "f32"), value.type)
+
+
+def _wrapped(number: int) -> int:
+    """The i32 with the low 32 bits of `number`."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def emit(params: dict[str, Any], target: Target) -> str:
+    """Args: x f32 [M, K], the prologue's tensors [K], codes, scales and (unless `sums` is "none") sums. Dims: M.
+
+    Threads share the rows; those that fill the last tile repeat row M - 1.
+    """
+    r = Rounding(**params)
+    t = Text(
+        TEMPLATE.replace("-", "_"),
+        f"codes[m, k] = round(norm(x)[m, k] * 127 / most), scale[m, g] = most / 127, most = max |norm(x)[m, g * {r.group} + i]|\n"
+        f"{r}",
+    )
+    x, norms = t.arg(0), [t.arg(1 + i) for i in range(r.norms)]
+    at = 1 + r.norms
+    rows = Rows(t.arg(at), t.arg(at + 1), t.arg(at + 2) if r.sums != "none" else None)
+    count = t.dim(0)
+    tiles = (count + (r.tile - 1)) // r.tile
+    first, end = t.share(tiles * r.tile)
+    with t.loop(first, end) as row:
+        source = x.at(row.least(count - 1) * r.k, "f32")
+        round_row(t, r, source, norms, rows.at(r, row // r.tile, row % r.tile))
+    return t.finish()
