@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qcompile.dims import Dim
+from qcompile.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from qcompile.report import Report
@@ -91,3 +92,47 @@ class Program:
     model_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] | None = None
     weights: dict[str, WeightRecord] = field(default_factory=dict)
+
+    def load(self, name: str, by: str | None = None) -> torch.Tensor:
+        """The float tensor `name` as the graph computes with it, read from the source unless that is done already.
+
+        With `by`, the tensor is claimed in the ledger and stays in `tensors`. CheckpointError when it is not in the
+        source, or has another shape than the graph.
+        """
+        known = self.tensors[name]
+        if not known.is_meta:
+            return known
+        stored = self.source.read(name) if by is None else self.ledger.read(name, by)
+        if stored.shape != known.shape:
+            raise CheckpointError(
+                f"tensor '{name}' has another shape than the architecture",
+                where=self.source.describe(),
+                found=list(stored.shape),
+                expected=list(known.shape),
+                remedy="check that the checkpoint belongs to this config.json",
+            )
+        value = stored.to(device="cpu", dtype=known.dtype)
+        if by is not None:
+            self.tensors[name] = value
+        return value
+
+    def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Runs the graph eagerly, one ATen or qcompile operator after another; outputs by name.
+
+        Inputs and states go by name. Tensors that are not read yet are read for this call only.
+        """
+        names = [*(i.name for i in self.inputs), *self.states]
+        if set(inputs) != set(names):
+            raise ConfigError("the inputs are not those of the model", found=sorted(inputs), expected=sorted(names))
+        results = _Eager(self).run(*(inputs[name] for name in names), enable_io_processing=False)
+        return dict(zip(self.outputs, results, strict=True))
+
+
+class _Eager(torch.fx.Interpreter):
+    def __init__(self, program: Program):
+        super().__init__(program.graph)
+        self.program = program
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        with torch.no_grad():
+            return self.program.load(node.meta["tensor"]) if node.op == "get_attr" else super().run_node(node)

@@ -288,7 +288,7 @@ class Ledger:
         self._names = frozenset(self.source.names())
 
     def claim(self, name: str, by: str) -> None:
-        """Note that tensor `name` is used by `by` (a module path, or the tensor's own name); a claim repeated is one."""
+        """Note that tensor `name` is used by `by` (a module path, or the tensor's own name); claims repeat freely."""
         if name not in self._names:
             raise missing(name, self.source)
         users = self.claims.setdefault(name, [])

@@ -1,0 +1,319 @@
+"""From a model to a Program: torch.export of the float architecture, with no weight in memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import nn
+
+from qcompile import ops  # noqa: F401  (the operators must exist before a graph can hold them)
+from qcompile.dims import Dim
+from qcompile.dtypes import NAMES
+from qcompile.errors import CaptureError, CheckpointError, ConfigError, QCompileError
+from qcompile.flatten import flatten
+from qcompile.program import Input, Module, Program
+from qcompile.report import Report
+from qcompile.sources import Ledger, ModuleState, TensorSource, dtype_name
+
+MOST = 2**31 - 1
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def capture(
+    model: nn.Module | str | os.PathLike[str],
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """The graph of `model` in float32, and where its tensors come from.
+
+    `model` is a module, a transformers model, a folder with config.json and safetensors, the id of one on the Hub, or a
+    .gguf file. `example_inputs` (positional or by name) and `dynamic_shapes` (as in torch.export; the names of its Dims
+    become the names of the sizes) are needed for modules that are not transformers models; without `dynamic_shapes`
+    every size is fixed. Causal language models take `input_ids` and `position_ids` [b, s] and `keep` [t], the positions
+    whose logits [b, t, vocabulary] are wanted. The model is not changed, and code beside a checkpoint never runs.
+    Errors: CaptureError when the model cannot be exported, CheckpointError when its files are damaged or incomplete.
+    """
+    if isinstance(model, nn.Module):
+        if example_inputs is not None:
+            return capture_module(model, example_inputs, dynamic_shapes)
+        if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+            from qcompile.capture_hf import capture_model
+
+            return capture_model(model)
+        raise ConfigError(
+            "example_inputs are needed to export a module",
+            where=type(model).__name__,
+            remedy="pass example_inputs=(tensor, ...) and dynamic_shapes, as for torch.export",
+        )
+    if example_inputs is not None or dynamic_shapes is not None:
+        remedy = "leave them out: the inputs of a checkpoint's architecture are known"
+        raise ConfigError("example_inputs and dynamic_shapes are for modules", where=str(model), remedy=remedy)
+    path = Path(model)
+    if path.suffix == ".gguf":
+        from qcompile.capture_gguf import capture_gguf
+
+        return capture_gguf(path)
+    from qcompile.capture_hf import capture_folder
+
+    return capture_folder(path if path.is_dir() else _from_hub(str(model)))
+
+
+def _from_hub(name: str) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        expected = "a folder, a .gguf file, or the id of a model on the Hub"
+        raise CheckpointError("there is no such model", found=name, expected=expected)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:
+        raise CheckpointError(
+            "the model is no folder here and cannot be downloaded",
+            where=name,
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__,
+            remedy="check the name and the network, or pass the path of a folder",
+        ) from error
+
+
+def _graph_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy of `model` in float32 whose parameters and persistent buffers have shapes but no memory.
+
+    Buffers that are not stored in checkpoints keep their values. The model itself is not changed.
+    """
+    stored = model.state_dict(keep_vars=True)
+    memo: dict[int, Any] = {}
+    for tensor in model.buffers():
+        memo[id(tensor)] = tensor.detach().to("cpu", _graph_dtype(tensor), copy=True)
+    for tensor in [*model.parameters(), *stored.values()]:
+        shell = torch.empty(tensor.shape, dtype=_graph_dtype(tensor))
+        shell.untyped_storage().resize_(0)
+        memo[id(tensor)] = nn.Parameter(shell, requires_grad=False) if isinstance(tensor, nn.Parameter) else shell
+    return copy.deepcopy(model, memo).eval()
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+def _kind(module: nn.Module) -> Literal["Linear", "Conv1D", "Embedding"] | None:
+    if isinstance(module, nn.Linear):
+        return "Linear"
+    if isinstance(module, nn.Embedding):
+        return "Embedding"
+    return "Conv1D" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+
+
+def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | None = None) -> dict[str, Module]:
+    """The modules of `model` that hold a weight, by path; `head` is a language model's output embedding."""
+    first = aliases(model)
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        if _kind(module) is not None:
+            found[path] = (module, first[f"{path}.weight" if path else "weight"])
+    there, modules = set(source.names()), {}
+    for path, (module, weight) in found.items():
+        kind = _kind(module)
+        assert kind is not None
+        rows, columns = module.weight.shape
+        n, k = (columns, rows) if kind == "Conv1D" else (rows, columns)
+        bias = f"{path}.bias".lstrip(".") if getattr(module, "bias", None) is not None else None
+        dtype = source.info(weight).dtype if weight in there else "f32"
+        tied = tuple(other for other, (_, name) in found.items() if name == weight and other != path)
+        modules[path] = Module(path, kind, n, k, weight, bias and first[bias], dtype, tied, module is head)
+    return modules
+
+
+def _owner(frame_locals: Mapping[str, Any], paths: Mapping[int, str]) -> str | None:
+    return paths.get(id(frame_locals.get("self")))
+
+
+def _place(error: BaseException, model: nn.Module) -> str:
+    """The innermost module and the innermost source line outside of torch that an exception went through."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    module, line, step = "", "", error.__traceback__
+    while isinstance(step, TracebackType):
+        frame = step.tb_frame
+        module = _owner(frame.f_locals, paths) or module
+        file = frame.f_code.co_filename
+        if f"{os.sep}torch{os.sep}" not in file and file != __file__ and not file.startswith("<"):
+            line = f"{file}:{step.tb_lineno} in {frame.f_code.co_name}"
+        step = step.tb_next
+    return ", ".join(part for part in (module, line) if part) or type(model).__name__
+
+
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    """torch.export without strict tracing and without autograd; CaptureError says where and why it fails."""
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except QCompileError:
+        raise
+    except Exception as error:
+        lines = [line for line in traceback.format_exception_only(error) if line.strip()]
+        cause = " ".join(" ".join(lines).split())
+        raise CaptureError(
+            f"{type(model).__name__} cannot be exported to a graph",
+            where=_place(error, model),
+            found=cause[:600],
+            expected="a forward whose control flow depends on shapes and settings only, not on the values of tensors",
+            remedy="rewrite that line with tensor operators, or make the dimension it names fixed in dynamic_shapes",
+        ) from error
+
+
+def output_names(spec: Any) -> tuple[str, ...]:
+    """Names of a model's outputs: keys where it returns a mapping, "output" or "output_0", ... otherwise."""
+    if spec.is_leaf():
+        return ("output",)
+    keys = spec.context if spec.type is dict else getattr(spec.type, "__mro__", ()) and _keys(spec)
+    if keys and all(child.is_leaf() for child in spec.children()):
+        return tuple(keys)
+    return tuple(f"output_{i}" for i in range(spec.num_leaves)) if spec.num_leaves != 1 else ("output",)
+
+
+def _keys(spec: Any) -> list[str]:
+    context = spec.context[0] if isinstance(spec.context, tuple) and spec.context else spec.context
+    return list(context) if isinstance(context, list) and all(isinstance(key, str) for key in context) else []
+
+
+def _size_names(dims: Sequence[Any], named: Mapping[str, Any]) -> dict[sympy.Symbol, str]:
+    """Symbol -> the name of its Dim; `dims` are (input, axis, Dim), `named` the inputs' FakeTensors."""
+    names: dict[sympy.Symbol, str] = {}
+    for name, axis, dim in dims:
+        size = named[name].shape[axis]
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            names.setdefault(size.node.expr, getattr(dim, "__name__", f"{name}_{axis}"))
+    return names
+
+
+def _dims(names: Sequence[str], shapes: Any) -> list[tuple[str, int, Any]]:
+    if shapes is None:
+        return []
+    specs = shapes if isinstance(shapes, Mapping) else dict(zip(names, shapes, strict=False))
+    found = []
+    for name, spec in specs.items():
+        axes = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
+        found += [(name, axis, dim) for axis, dim in axes if dim is not None and not isinstance(dim, int)]
+    return found
+
+
+def make_program(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    source: TensorSource,
+    *,
+    dynamic_shapes: Any,
+    kind: Literal["causal-lm", "module"] = "module",
+    prefix: str = "",
+    outputs: tuple[str, ...] | None = None,
+    head: nn.Module | None = None,
+    model_config: dict[str, Any] | None = None,
+    quantization_config: dict[str, Any] | None = None,
+) -> Program:
+    """The Program of an exported hollow `model`; `prefix` is what an export wrapper puts before its module paths.
+
+    Tensors of the source that the graph does not use are put down in the ledger as ignored, with the reason.
+    """
+    first = aliases(model)
+    kept = {first[name] for name in model.state_dict(keep_vars=True) if name in first}
+    ledger, report = Ledger(source), Report()
+
+    def name_of(target: str) -> str:
+        name = target.removeprefix(prefix)
+        return first.get(name, f"constant.{name}")
+
+    def value_of(target: str, fake: torch.Tensor) -> torch.Tensor:
+        if name_of(target) in kept:
+            return torch.empty(tuple(fake.shape), dtype=fake.dtype, device="meta")
+        held = exported.constants.get(target)
+        return held if held is not None else model.get_buffer(target.removeprefix(prefix))
+
+    flat = flatten(exported, name_of, value_of, prefix)
+    fakes = {node.name: node.meta["val"] for node in flat.graph.graph.nodes if node.op == "placeholder"}
+    symbols = _size_names(_dims(flat.inputs, dynamic_shapes), fakes)
+    program = Program(
+        graph=flat.graph,
+        kind=kind,
+        modules=weight_modules(model, source, head),
+        inputs=tuple(_input(name, fakes[name], symbols) for name in flat.inputs),
+        outputs=outputs or output_names(exported.call_spec.out_spec),
+        sizes={name: _range(exported, symbol) for symbol, name in symbols.items()},
+        tensors=flat.tensors,
+        source=source,
+        ledger=ledger,
+        report=report,
+        model_config=model_config or {},
+        quantization_config=quantization_config,
+    )
+    for name in source.names():
+        if first.get(name, name) != name:
+            ledger.ignore(name, f"the same tensor as {first[name]}")
+        elif name in first and name not in kept:
+            ledger.ignore(name, "the architecture computes it")
+        elif name in first and name not in flat.tensors:
+            ledger.ignore(name, "the graph does not use it")
+    return program
+
+
+def _input(name: str, fake: Any, symbols: Mapping[sympy.Symbol, str]) -> Input:
+    if not isinstance(fake, torch.Tensor) or fake.dtype not in NAMES:
+        found = dtype_name(fake.dtype) if isinstance(fake, torch.Tensor) else type(fake).__name__
+        raise CaptureError(
+            "an input is not a tensor of a known dtype", where=name, found=found, expected=", ".join(NAMES.values())
+        )
+    texts = {symbol: sympy.Symbol(text) for symbol, text in symbols.items()}
+
+    def dim(size: int | torch.SymInt) -> Dim:
+        return str(size.node.expr.xreplace(texts)) if isinstance(size, torch.SymInt) else int(size)
+
+    return Input(name, NAMES[fake.dtype], tuple(dim(size) for size in fake.shape))
+
+
+def _range(exported: torch.export.ExportedProgram, symbol: sympy.Symbol) -> tuple[int, int]:
+    bounds = exported.range_constraints[symbol]
+    return max(1, int(bounds.lower)), int(bounds.upper) if bounds.upper < MOST else MOST
+
+
+def capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], dynamic_shapes: Any) -> Program:
+    """The Program of any module, from example inputs; floating inputs may have any dtype and are used as float32."""
+    shell: nn.Module = _hollow(model)
+    inputs = torch.utils._pytree.tree_map_only(torch.Tensor, _example, example_inputs)
+    by_name = isinstance(inputs, Mapping)
+    args, kwargs = ((), dict(inputs)) if by_name else (tuple(inputs), None)
+    exported = export(shell, args, kwargs, dynamic_shapes)
+    return make_program(shell, exported, ModuleState(model), dynamic_shapes=dynamic_shapes)
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    try:
+        return hollow(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied",
+            where=_place(error, model),
+            found=f"{type(error).__name__}: {error}"[:600],
+            expected="a module that copy.deepcopy can copy",
+            remedy="remove locks, open files and the like from the module's attributes",
+        ) from error
+
+
+def _example(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", _graph_dtype(tensor))
