@@ -20,6 +20,7 @@ from qcompile.dims import Dim
 from qcompile.dtypes import NAMES
 from qcompile.errors import CaptureError, CheckpointError, ConfigError, QCompileError
 from qcompile.flatten import flatten
+from qcompile.methods.skip import matches
 from qcompile.program import Input, Module, Program
 from qcompile.report import Report
 from qcompile.sources import Ledger, ModuleState, TensorSource, dtype_name
@@ -128,6 +129,8 @@ def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | Non
         if _kind(module) is not None:
             found[path] = (module, first[f"{path}.weight" if path else "weight"])
     there, modules = set(source.names()), {}
+    last = next((name for name, _ in reversed(list(model.named_parameters()))), "")
+    exact = getattr(model, "_keep_in_fp32_modules", None) or ()
     for path, (module, weight) in found.items():
         kind = _kind(module)
         assert kind is not None
@@ -136,7 +139,10 @@ def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | Non
         bias = f"{path}.bias".lstrip(".") if getattr(module, "bias", None) is not None else None
         dtype = source.info(weight).dtype if weight in there else "f32"
         tied = tuple(other for other, (_, name) in found.items() if name == weight and other != path)
-        modules[path] = Module(path, kind, n, k, weight, bias and first[bias], dtype, tied, module is head)
+        modules[path] = Module(
+            path, kind, n, k, weight, bias and first[bias], dtype, tied, module is head,
+            last_parameter=weight == last, keep_f32=any(matches(pattern, path) for pattern in exact),
+        )  # fmt: skip
     return modules
 
 

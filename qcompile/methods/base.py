@@ -29,7 +29,7 @@ class MethodConfig:
     steering: ClassVar[Mapping[str, str]] = {}
     foreign: ClassVar[Mapping[str, str]] = {}
 
-    unused: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    unused: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -64,7 +64,9 @@ class MethodConfig:
                 )
         for f in fields(cls):
             if f.name not in own and f.default is MISSING and f.default_factory is MISSING:
-                raise ConfigError(f"a {cls.method} config needs the field {f.name!r}", found=", ".join(data) or "no field")
+                raise ConfigError(
+                    f"a {cls.method} config needs the field {f.name!r}", found=", ".join(data) or "no field"
+                )
         return cls(**own, unused=unused)
 
     def to_dict(self) -> dict[str, Any]:

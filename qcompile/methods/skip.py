@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -47,8 +47,15 @@ def defaults(modules: Mapping[str, Module]) -> dict[str, str]:
     return found
 
 
-def dense(module: Module, modules: Mapping[str, Module], field: str, patterns: Sequence[str] | None, *,
-          add_defaults: bool = False, kinds: Sequence[str] = ("Linear",)) -> str | None:
+def dense(
+    module: Module,
+    modules: Mapping[str, Module],
+    field: str,
+    patterns: Sequence[str] | None,
+    *,
+    add_defaults: bool = False,
+    kinds: Sequence[str] = ("Linear",),
+) -> str | None:
     """Why a method that converts `kinds` leaves `module` dense, or None when it converts it.
 
     `patterns` is the value of the config's `field`: a list replaces the defaults unless `add_defaults`.
@@ -65,20 +72,31 @@ def dense(module: Module, modules: Mapping[str, Module], field: str, patterns: S
     return "the architecture keeps it in float32" if module.keep_f32 else None
 
 
-def check(field: str, patterns: Iterable[str], paths: Iterable[str], method: str) -> None:
-    """Raise ConfigError when a pattern of the config's `field` is no regular expression or matches none of `paths`."""
-    _check(field, tuple(patterns), tuple(paths), method)
+def ends(pattern: str, path: str) -> bool:
+    """True when `path` ends with the plain text `pattern`."""
+    return path.endswith(pattern)
 
 
-@lru_cache(maxsize=32)
-def _check(field: str, patterns: tuple[str, ...], paths: tuple[str, ...], method: str) -> None:
+def check(
+    field: str, patterns: Iterable[str], paths: Iterable[str], method: str, rule: Callable[[str, str], bool] = matches
+) -> None:
+    """Raise ConfigError when a pattern of the config's `field` is no regular expression or, by `rule`, matches no path."""
+    _check(field, tuple(patterns), tuple(paths), method, rule)
+
+
+@lru_cache(maxsize=32)  # methods ask again for every module
+def _check(
+    field: str, patterns: tuple[str, ...], paths: tuple[str, ...], method: str, rule: Callable[[str, str], bool]
+) -> None:
     for pattern in patterns:
         try:
-            hit = any(matches(pattern, path) for path in paths)
+            hit = any(rule(pattern, path) for path in paths)
         except re.error as error:
             raise ConfigError(
                 f"a {method} config has a pattern that is not a regular expression",
-                where=f"field {field!r}", found=f"{pattern!r} ({error})", expected="a module name or a regular expression",
+                where=f"field {field!r}",
+                found=f"{pattern!r} ({error})",
+                expected="a module name or a regular expression",
             ) from None
         if not hit:
             close = get_close_matches(pattern, sorted({*paths, *(path.rsplit(".", 1)[-1] for path in paths)}), n=3)
@@ -86,6 +104,7 @@ def _check(field: str, patterns: tuple[str, ...], paths: tuple[str, ...], method
                 f"a {method} config has a pattern that matches no module",
                 where=f"field {field!r}",
                 found=repr(pattern),
-                expected=f"one of {len(paths)} modules with a weight" + (f", such as {', '.join(close)}" if close else ""),
+                expected=f"one of {len(paths)} modules with a weight"
+                + (f", such as {', '.join(close)}" if close else ""),
                 remedy="correct the pattern, or take it out",
             )

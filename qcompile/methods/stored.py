@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from qcompile.sources import TensorSource
 
 
-def under(source: TensorSource, path: str) -> dict[str, str]:
-    """The source tensors of a module: what follows `path.` -> the whole name."""
-    start = f"{path}." if path else ""
-    return {name[len(start):]: name for name in source.names() if name.startswith(start)}
+def tensors(source: TensorSource, module: Module) -> dict[str, str]:
+    """The source tensors of a module: the name within the module -> the whole name."""
+    start = module.weight.removesuffix("weight")
+    return {name[len(start) :]: name for name in source.names() if name.startswith(start)}
 
 
 def require(names: Mapping[str, str], wanted: Sequence[str], module: Module, method: str) -> None:
@@ -106,12 +106,16 @@ def finite(tensor: torch.Tensor, name: str, module: Module) -> torch.Tensor:
 
 def load(fmt: Format, names: Mapping[str, str], source: TensorSource, module: Module) -> Packed:
     """The packed weight, read tensor by tensor and checked."""
+    return packed(fmt, {name: finite(source.read(full), full, module) for name, full in names.items()}, module)
+
+
+def packed(fmt: Format, tensors: dict[str, torch.Tensor], module: Module) -> Packed:
+    """The stored tensors as a packed weight of the module, checked."""
     from qcompile.format import Packed
 
-    tensors = {name: finite(source.read(full), full, module) for name, full in names.items()}
-    packed = Packed(fmt, tensors, module.n, module.k)
-    packed.check()
-    return packed
+    result = Packed(fmt, tensors, module.n, module.k)
+    result.check(module.path)
+    return result
 
 
 def usable(weight: torch.Tensor, module: Module) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""AWQ: affine codes in groups along K, four storage orders; without calibration data, round-to-nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+
+from qcompile.methods import skip, stored
+from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.gptq import GptqConfig
+
+if TYPE_CHECKING:
+    from qcompile.format import Format, Packed
+    from qcompile.program import Module
+    from qcompile.sources import TensorSource
+
+FORMATS = ("gemm", "gemv", "gemv_fast", "llm-awq")
+BACKENDS = (
+    "autoawq", "auto", "auto_trainable", "machete", "marlin", "exllama_v2", "exllama_v1", "gemm", "gemm_triton", "gemv",
+    "gemv_fast", "torch_awq", "torch_fused_awq",
+)  # fmt: skip
+NOTE = "round-to-nearest: quantized from the weight alone, without AWQ's activation-aware scales and clipping"
+_GPTQ = "a field that AWQ inherits from GPTQ and does not use"
+_INHERITED = {
+    f.name: f.default for f in fields(GptqConfig) if f.name not in ("unused", "bits", "group_size", "backend", "format")
+}  # fmt: skip
+_WRITER = "a note of the package that wrote the checkpoint"
+
+
+@dataclass(frozen=True)
+class AwqConfig(MethodConfig):
+    """The fields of transformers' AwqConfig.
+
+    `bits` 2 to 8; `group_size` inputs share a scale, -1 is the whole row; `format` (also called `version`) is the storage
+    order: "gemm" (any width), "gemv", "gemv_fast" and "llm-awq" (4 bits).
+    """
+
+    method: ClassVar[str] = "awq"
+    steering: ClassVar[Mapping[str, str]] = {"backend": "kernels are generated: no other package's kernel is chosen"}
+    foreign: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys((*_INHERITED, "damp_auto_increment", "static_groups"), _GPTQ),
+        **dict.fromkeys(
+            ("method", "provider", "autoround_version", "do_fuse", "fuse_max_seq_len",
+             "modules_to_fuse", "exllama_config", "quantizer"), _WRITER),
+    }  # fmt: skip
+
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    backend: str = "auto"
+    modules_to_not_convert: list[str] | None = None
+    format: str = "gemm"
+
+    @classmethod
+    def renamed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        data.pop("checkpoint_format", None)
+        older = data.pop("version", None)
+        if older is not None:
+            data["format"] = older
+        for name in ("format", "backend"):
+            if isinstance(data.get(name), str):
+                # An enum of transformers is a str whose text is its value.
+                data[name] = str.__str__(getattr(data[name], "value", data[name])).lower()
+        if data.get("backend") == "llm-awq":
+            data |= {"backend": "auto", "format": "llm-awq"}
+        if data.get("backend") == "autoawq":
+            data["backend"] = "auto"
+        # transformers writes GPTQ's fields too: their defaults say nothing.
+        return {name: value for name, value in data.items() if name not in _INHERITED or value != _INHERITED[name]}
+
+    def __post_init__(self) -> None:
+        self.require(type(self.bits) is int and 2 <= self.bits <= 8, "bits", "an integer from 2 to 8")
+        group = self.group_size
+        self.require(
+            type(group) is int and (group == -1 or group > 0), "group_size", "-1 (the whole row) or a positive integer"
+        )
+        self.require_bools("zero_point")
+        self.require(self.format in FORMATS, "format", ", ".join(FORMATS))
+        self.require(self.backend in BACKENDS, "backend", ", ".join(BACKENDS))
+        self.require_patterns("modules_to_not_convert")
+        self.require(self.format == "gemm" or self.bits == 4, "bits", f"4, the only width of format {self.format!r}")
+        other = (
+            "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
+        )
+        self.require(
+            not other or self.bits in (2, 3, 4, 8),
+            "bits",
+            "2, 3, 4 or 8 in a checkpoint written by AutoRound",
+            "AutoRound orders 5, 6 and 7 bits in its own way: export the model as auto_round instead",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"version": self.format}
+
+
+class Awq:
+    """quant_method "awq"."""
+
+    name = "awq"
+    Config = AwqConfig
+
+    def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
+        return any(name.endswith(".qweight") or name == "qweight" for name in source.names())
+
+    def select(
+        self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
+    ) -> Skip | Quantized:
+        config = cast(AwqConfig, config)
+        if self.prequantized(config, source):
+            return self._stored(config, module, source)
+        patterns = config.modules_to_not_convert
+        skip.check("modules_to_not_convert", patterns or (), modules, self.name)
+        dense = skip.dense(module, modules, "modules_to_not_convert", patterns, add_defaults=True)
+        if dense:
+            return Skip(dense)
+        fmt = self._format(config, module, "f16")
+        stored.legal(fmt, module, self.name)
+        return Quantized(fmt, note=NOTE)
+
+    def _format(self, config: AwqConfig, module: Module, scale: str) -> Format:
+        from qcompile.formats import awq as formats
+
+        group = module.k if config.group_size == -1 else config.group_size
+        if config.format == "gemm":
+            return formats.Awq(bits=config.bits, group=group, interleaved=config.bits == 4, scale=scale)
+        return formats.AwqGemv(group=group) if config.format == "gemv" else formats.AwqGemvFast(group=group)
+
+    def _stored(self, config: AwqConfig, module: Module, source: TensorSource) -> Skip | Quantized:
+        if module.kind != "Linear":
+            return Skip(f"{module.kind} is not converted by the method (only Linear)")
+        names = stored.tensors(source, module)
+        stored.need_dense(names, "qweight", module, self.name)
+        stored.refuse_both(names, "qweight", module, self.name)
+        if "qweight" not in names:
+            return Skip("the checkpoint stores its weight dense")
+        zeros = "scaled_zeros" if config.format == "llm-awq" else "qzeros"
+        stored.require(names, ("qweight", zeros, "scales"), module, self.name)
+        scale = source.info(names["scales"]).dtype
+        fmt = self._format(config, module, scale if scale == "bf16" and config.format == "gemm" else "f16")
+        stored.legal(fmt, module, self.name)
+        used = {s.name: names[zeros if s.name == "qzeros" else s.name] for s in fmt.stored(module.n, module.k)}
+        stored.expect_all(fmt, used, source, module)
+        return Quantized(fmt, used)
+
+    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
+        return stored.load(selected.format, selected.names, source, module)
+
+    def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
+        """Round to nearest with AWQ's own scale and zero, in float16 as the original computes them."""
+        from qcompile.pack import pack
+
+        config = cast(AwqConfig, config)
+        n, k, bits = module.n, module.k, config.bits
+        fmt = self._format(config, module, "f16")
+        stored.legal(fmt, module, self.name)
+        group = k if config.group_size == -1 else config.group_size
+        groups = stored.usable(weight, module).half().reshape(n, -1, group)
+        half, top = 2 ** (bits - 1), 2**bits - 1
+        if config.zero_point:
+            lo, hi = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = (hi - lo).clamp(min=1e-5) / top
+            zero = (-torch.round(lo / scale)).clamp(0, top)
+        else:
+            scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-5) / (half - 1)
+            zero = torch.full_like(scale, half)
+        code = (torch.round(groups / scale) + zero).clamp_(0, top)
+        fields = {"code": code, "zero": zero, "scale": scale}
+        dtypes = {"code": torch.int32, "zero": torch.int32, "scale": torch.float16}
+        if config.format in ("gemv_fast", "llm-awq"):  # their zero is a float: minus the rounded product
+            del fields["zero"], dtypes["zero"]
+            fields["offset"], dtypes["offset"] = -(scale * zero), torch.float16
+        wide = {name: part.expand_as(groups).reshape(n, k).to(dtypes[name]) for name, part in fields.items()}
+        return stored.packed(fmt, pack(fmt, wide, n, k), module)
+
+    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
+        return without_effect(config)

@@ -1,0 +1,94 @@
+"""GGUF: the blocks of a llama.cpp file, kept as they are; the file says for each tensor how it is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+
+from qcompile.errors import CheckpointError, ConfigError
+from qcompile.evaluate import dequantize
+from qcompile.format import FORMATS, Format, format_class
+from qcompile.formats.dense import Dense
+from qcompile.methods import stored
+from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+
+if TYPE_CHECKING:
+    from qcompile.format import Packed
+    from qcompile.program import Module
+    from qcompile.sources import TensorSource
+
+_PREFIX = "gguf-"
+
+
+@dataclass(frozen=True)
+class GgufConfig(MethodConfig):
+    """The fields of transformers' GgufConfig: `dequantize` unpacks every weight to float32 when the model is compiled."""
+
+    method: ClassVar[str] = "gguf"
+    steering: ClassVar[Mapping[str, str]] = {"gguf_file": "the file is the model that was given"}
+
+    gguf_file: str | None = None
+    dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        self.require_bools("dequantize")
+
+
+class Gguf:
+    """quant_method "gguf"."""
+
+    name = "gguf"
+    Config = GgufConfig
+
+    def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
+        return any(source.info(name).encoding for name in source.names())
+
+    def select(
+        self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
+    ) -> Skip | Quantized:
+        if module.weight not in source.names():
+            stored.need_dense({}, "its blocks", module, self.name)
+        encoding = source.info(module.weight).encoding
+        if not encoding:
+            return Skip("the file stores its weight dense")
+        fmt = self._blocks(encoding, module)
+        stored.legal(fmt, module, self.name)
+        (blocks,) = fmt.stored(module.n, module.k)
+        stored.expect(module.weight, source, (blocks.dtype,), blocks.shape, module)
+        unpacked = cast(GgufConfig, config).dequantize
+        return Quantized(Dense("f32") if unpacked else fmt, {"weight" if unpacked else blocks.name: module.weight})
+
+    def _blocks(self, encoding: str, module: Module) -> Format:
+        kind = _PREFIX + encoding
+        if kind not in FORMATS:
+            raise CheckpointError(
+                "a GGUF encoding is not supported",
+                where=f"{module.weight} (module {module.path})",
+                found=encoding,
+                expected=", ".join(name.removeprefix(_PREFIX) for name in FORMATS if name.startswith(_PREFIX)),
+                remedy="convert the file, for example with llama-quantize to q4_1 or q8_0",
+            )
+        return format_class(kind)()
+
+    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
+        data = source.read(module.weight)
+        if not isinstance(selected.format, Dense):
+            return stored.packed(selected.format, dict.fromkeys(selected.names, data), module)
+        fmt = self._blocks(source.info(module.weight).encoding, module)
+        weight = dequantize(fmt, {"data": data}, module.n, module.k)
+        return stored.packed(selected.format, {"weight": weight}, module)
+
+    def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
+        raise ConfigError(
+            "gguf reads files and quantizes nothing",
+            where=module.path,
+            found="a float weight",
+            expected="a .gguf file as the model",
+            remedy="quantize with llama.cpp first, or choose bitsandbytes, hqq or eetq",
+        )
+
+    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
+        return without_effect(config)

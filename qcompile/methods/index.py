@@ -1,0 +1,118 @@
+"""The table of methods, and the way from whatever a caller calls a config to a method and its typed config."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qcompile.errors import ConfigError, near
+from qcompile.methods.base import Method, MethodConfig
+
+METHODS: dict[str, str] = {
+    "gptq": "qcompile.methods.gptq:Gptq",
+    "awq": "qcompile.methods.awq:Awq",
+    "bitsandbytes": "qcompile.methods.bitsandbytes:Bnb",
+    "hqq": "qcompile.methods.hqq:Hqq",
+    "eetq": "qcompile.methods.eetq:Eetq",
+    "gguf": "qcompile.methods.gguf:Gguf",
+}
+
+
+def method(name: str) -> Method:
+    """The method of a `quant_method` name; ConfigError for an unknown one."""
+    if name not in METHODS:
+        raise ConfigError(
+            "unknown quantization method",
+            where="field 'quant_method'",
+            found=f"{name!r}{near(str(name), METHODS)}",
+            expected=", ".join(METHODS),
+        )
+    module, attribute = METHODS[name].split(":")
+    found: Method = getattr(importlib.import_module(module), attribute)()
+    return found
+
+
+def parse_config(
+    config: Any, model_config: Mapping[str, Any] | None = None, *, gguf: bool = False
+) -> tuple[Method, MethodConfig] | None:
+    """The method and typed config that a caller asks for; None when nothing is to be quantized.
+
+    `config` is one of our configs, a transformers config object (anything with `to_dict()`), a dict, JSON text, or None: then
+    the `quantization_config` of `model_config` holds, or the source is a GGUF file (`gguf`), or there is none. A config
+    beside one that the checkpoint brings must say the same: the stored weights are what they are.
+    """
+    own = _from_checkpoint(model_config or {}, gguf)
+    if config is None:
+        return own
+    asked = _parse(config, lenient=False)
+    if own is None:
+        return asked
+    if asked[0].name != own[0].name:
+        raise ConfigError(
+            "the checkpoint is already quantized with another method",
+            found=f"config: {asked[0].name}, checkpoint: {own[0].name}",
+            expected="no config, or the checkpoint's own",
+            remedy="leave the config out, or start from the float model",
+        )
+    differ = _differences(asked[1], own[1])
+    if differ:
+        raise ConfigError(
+            f"the config differs from the {own[0].name} config that the checkpoint was quantized with",
+            found="; ".join(differ),
+            expected="no config, or the checkpoint's own",
+            remedy="leave the config out, or start from the float model",
+        )
+    return own
+
+
+def _from_checkpoint(model_config: Mapping[str, Any], gguf: bool) -> tuple[Method, MethodConfig] | None:
+    stored = model_config.get("quantization_config")
+    if stored is None:
+        return _parse({"quant_method": "gguf"}, lenient=False) if gguf else None
+    return _parse(stored, lenient=True)
+
+
+def _parse(config: Any, *, lenient: bool) -> tuple[Method, MethodConfig]:
+    if isinstance(config, MethodConfig):
+        return method(config.method), config
+    if isinstance(config, str):
+        try:
+            config = json.loads(config)
+        except ValueError as error:
+            raise ConfigError(
+                "a quantization config is not JSON", found=str(error), expected='{"quant_method": ...}'
+            ) from None
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ConfigError(
+            "this is not a quantization config",
+            found=type(config).__name__,
+            expected="a config object, a dict, JSON text or None",
+        )
+    found = method(_name(config))
+    return found, found.Config.from_dict(config, lenient=lenient)
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    """The config's `quant_method`; old bitsandbytes configs have only its flags."""
+    name = config.get("quant_method")
+    if name is None and (config.get("load_in_8bit") or config.get("load_in_4bit")):
+        return "bitsandbytes"
+    if name is None:
+        raise ConfigError(
+            "a quantization config does not name its method",
+            found=", ".join(config) or "no field",
+            expected=f"the field 'quant_method': {', '.join(METHODS)}",
+        )
+    return str(getattr(name, "value", name))  # transformers names methods by an enum
+
+
+def _differences(asked: MethodConfig, own: MethodConfig) -> list[str]:
+    left, right = asked.to_dict(), own.to_dict()
+    matter = [name for name in left if name not in asked.steering]
+    return [
+        f"{name}: {left[name]!r}, checkpoint {right.get(name)!r}" for name in matter if left[name] != right.get(name)
+    ]
