@@ -27,7 +27,7 @@ _GPTQ = "a field that AWQ inherits from GPTQ and does not use"
 _INHERITED = {
     f.name: f.default for f in fields(GptqConfig) if f.name not in ("unused", "bits", "group_size", "backend", "format")
 }  # fmt: skip
-_WRITER = "a note of the package that wrote the checkpoint"
+_PROVENANCE = ""  # says who wrote a checkpoint and how: nothing to report
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class AwqConfig(MethodConfig):
     foreign: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys((*_INHERITED, "damp_auto_increment", "static_groups"), _GPTQ),
         **dict.fromkeys(
-            ("method", "provider", "autoround_version", "do_fuse", "fuse_max_seq_len",
-             "modules_to_fuse", "exllama_config", "quantizer"), _WRITER),
+            ("method", "meta", "provider", "autoround_version", "do_fuse", "fuse_max_seq_len",
+             "modules_to_fuse", "exllama_config", "quantizer"), _PROVENANCE),
     }  # fmt: skip
 
     bits: int = 4
@@ -83,7 +83,7 @@ class AwqConfig(MethodConfig):
         self.require_patterns("modules_to_not_convert")
         self.require(self.format == "gemm" or self.bits == 4, "bits", f"4, the only width of format {self.format!r}")
         other = (
-            "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
+            "autoround" in str(self.unused.get("meta", "provider", "")).replace("-", "") or "autoround_version" in self.unused
         )
         self.require(
             not other or self.bits in (2, 3, 4, 8),

@@ -21,7 +21,8 @@ class MethodConfig:
     """A quantization config with the field names, defaults and rules of the transformers class of the same method.
 
     `method` is the `quant_method`. `steering` maps fields that steer another library only to what is true here instead.
-    `foreign` maps fields that other writers put in the same dict, and that mean nothing here, to a note.
+    `foreign` maps fields that other writers put in the same dict, and that mean nothing here, to a note ("" for fields
+    that only say who wrote a checkpoint and how: they are not reported).
     `unused` holds the fields of the source dict that are not fields of this class; they are reported, not obeyed.
     """
 
@@ -161,4 +162,5 @@ def without_effect(config: MethodConfig) -> list[tuple[str, str]]:
     """The fields of `config` that are set and have no effect here, with the note of each."""
     steering = [(name, note) for name, note in config.steering.items() if not config.is_default(name)]
     unknown = f"not a field of {config.method}: ignored"
-    return steering + [(name, config.foreign.get(name, unknown)) for name in config.unused]
+    others = [(name, config.foreign.get(name, unknown)) for name in config.unused]
+    return [(name, note) for name, note in steering + others if note]

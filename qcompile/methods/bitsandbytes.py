@@ -113,19 +113,19 @@ def nearest(weight: torch.Tensor, table: tuple[float, ...], block: int) -> tuple
 
 
 def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Double quantization of block scales f32 [n]: codes u8 [n] of the "dynamic" table, their scales f32 and the offset.
+    """Double quantization of block scales f32 [n]: codes u8 [n] of the "dynamic" table, their scales f32, the offset.
 
-    A code may be the neighbour of the one that bitsandbytes' compiled CPU quantizer picks when the value lies within 4e-5 of
-    the midpoint between both: that quantizer looks codes up in uniform bins.
+    Source: bitsandbytes 0.50, the compiled `quantize_blockwise` for CPUs: a value is first moved to the nearest of 65536
+    points of [-1, 1], and that point's nearest entry is taken (CUDA compares with midpoints of entries directly).
     """
     offset = scales.mean()
     table = torch.tensor(entries("dynamic"), dtype=torch.float32)
     centred = torch.nn.functional.pad(scales - offset, (0, -scales.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    absmax = centred.abs().amax(1)
-    # Equal scales leave nothing to divide by: zero stays zero.
-    scaled = centred * torch.where(absmax > 0, 1.0 / absmax, 0.0)[:, None]
-    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8)
-    return codes.view(-1)[: scales.numel()], absmax, float(offset)
+    absmax = centred.abs().amax(1, keepdim=True)
+    point = ((centred * (1.0 / absmax)).clamp_(-1, 1) + 1.0) * 32767.5 + 0.5
+    codes = torch.bucketize(point.floor_() / 32767.5 - 1.0, (table[:-1] + table[1:]) / 2, out_int32=True)
+    codes = torch.where(absmax > 0, codes, 0)  # equal scales leave nothing to divide by
+    return codes.to(torch.uint8).view(-1)[: scales.numel()], absmax.view(-1), float(offset)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,8 +25,8 @@ BLOCKS = (
     "h", "decoder.layers", "layers",
 )  # fmt: skip
 NOTE = "round-to-nearest: quantized from the weight alone, without GPTQ's calibration"
-_CALIBRATION = "no calibration is run: weights are rounded to nearest"
-_WRITER = "a note of the package that wrote the checkpoint"
+_CALIBRATION = "it steers calibration, which is not run here"
+_PROVENANCE = ""  # says who wrote a checkpoint and how: nothing to report
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,11 @@ class GptqConfig(MethodConfig):
              "module_name_preceding_first_block", "pad_token_id", "cache_block_outputs"), _CALIBRATION),
         "backend": "kernels are generated: no other package's kernel is chosen",
         "max_input_length": "a buffer of another package's kernel: nothing here needs it",
-        "meta": _WRITER,
     }  # fmt: skip
     foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("method", "quantizer", "damp_auto_increment", "static_groups", "mse", "model_name_or_path", "model_file_base_name",
          "is_marlin_format", "offload_to_disk", "pack_impl", "use_exllama", "exllama_config", "disable_exllama",
-         "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"), _WRITER)  # fmt: skip
+         "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"), _PROVENANCE)  # fmt: skip
 
     bits: int
     tokenizer: Any = None
