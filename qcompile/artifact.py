@@ -12,15 +12,18 @@ BufferKind = Literal["input", "output", "weight", "state", "temp"]
 
 @dataclass(frozen=True)
 class Buffer:
-    """A contiguous row-major array. `shape` may name sizes; `weight` buffers have a fixed shape and lie in the weights file.
+    """A contiguous row-major array. `shape` may name sizes; `weight` buffers, which lie in the weights file, name none.
 
     `state` buffers outlive a call (the KV cache); `temp` buffers live between their first and last step.
+    `below`, for integers that a kernel uses as an index: every element of a weight or input is in 0 .. below - 1,
+    checked when it is bound.
     """
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
     kind: BufferKind
+    below: Dim | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class Call:
     A kernel is `void f(void **args, const int64_t *dims, int64_t thread, int64_t threads)`: `args[i]` points at the
     first element of view i, `dims` are the evaluated `dims`. It splits its own work over the threads and returns when
     its share is done; the executor puts a barrier behind every call.
-    An ATen operator (`kernel` starts with "aten.") takes `literals`: JSON in which {"view": i} stands for args[i] and
-    {"dim": d} for a dimension; its result is copied to the views listed in `writes`.
+    An eager operator (`kernel` is "aten.<name>.<overload>" or "qcompile.<name>.default") takes `literals`: a list of
+    arguments and an object of keyword arguments, JSON in which {"view": i} stands for args[i], {"dim": d} for a
+    dimension and {"dtype": name} for a dtype; its results are copied to the views listed in `writes`, in order.
     """
 
     kernel: str
@@ -81,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of the program: the name the caller uses, its buffer, and dtype and shape seen by the caller."""
+    """An input or output of the program: the name the caller uses, where it lies, and the dtype the caller sees."""
 
     name: str
     view: View
@@ -90,10 +94,87 @@ class Port:
 
 @dataclass(frozen=True)
 class Executable:
-    """A lowered program: buffers, steps and kernels, for one target."""
+    """A lowered program: buffers, steps and kernels, for one target.
+
+    Sizes are named by the shapes of inputs and states; the name `threads` is the number of threads that run it.
+    """
 
     buffers: dict[str, Buffer]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     steps: tuple[Step, ...]
     kernels: dict[str, KernelSpec] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One operation of a graph: `op` is an eager operator or one of the small arithmetic ones ("sym.add", "getitem").
+
+    In `args` and `kwargs` (JSON), {"node": name} is another node's value, {"tensor": name} a weight, {"dtype": name} a
+    dtype, {"device": "run"} the device it runs on.
+    """
+
+    name: str
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole program as eager operations in order, for any torch device; `outputs` maps names to literals."""
+
+    inputs: tuple[Buffer, ...]
+    states: tuple[Buffer, ...]
+    nodes: tuple[GraphNode, ...]
+    outputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel made from its spec: the text to read, the relocatable object, and the name of the function in it."""
+
+    source: str
+    object: bytes
+    entry: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How to read one module's weight f32 [rows, k] back: dequantize the packed [n, k], take rows from `row` on.
+
+    `format` is the format's JSON; `tensors` maps its stored names to tensors of the weights file. `columns` names an
+    integer tensor [k] where packing permuted the inputs: packed column j is input columns[j].
+    """
+
+    format: dict[str, Any]
+    tensors: dict[str, str]
+    n: int
+    k: int
+    row: int = 0
+    rows: int | None = None
+    columns: str | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model as data, without its tensors, kernels and report.
+
+    `sizes` bounds each named size (least, greatest). `structure` says what a call returns: {"output": name} is a
+    tensor, {"tuple" | "list": [...]}, {"dict" | "fields": {...}} hold more of the same; None stands for the one output,
+    or a tuple of them. `model_config` and `quantization_config` are as in a model's config.json, for information;
+    `generation` holds defaults of generate().
+    """
+
+    target: str
+    kind: Literal["causal-lm", "module"]
+    accuracy: str = "exact"
+    executable: Executable | None = None
+    graph: Graph | None = None
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    structure: Any = None
+    model_config: dict[str, Any] = field(default_factory=dict)
+    quantization_config: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)

@@ -68,17 +68,16 @@ class _Parser:
 
     def atom(self) -> int:
         token = self.take()
-        self.depth += 1
-        if self.depth > MAX_DEPTH * MAX_LENGTH or not token:
-            raise self.fail()
         if token.isdigit():
             return int(token)
-        if token == "-":
-            return -self.atom()
-        if token == "(":
-            value = self.sum()
-            if self.take() != ")":
+        if token in ("-", "("):
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
                 raise self.fail()
+            value = self.sum() if token == "(" else -self.atom()
+            if token == "(" and self.take() != ")":
+                raise self.fail()
+            self.depth -= 1
             return value
         if token.isidentifier():
             if token not in self.sizes:
