@@ -300,7 +300,7 @@ def _range(exported: torch.export.ExportedProgram, symbol: sympy.Symbol) -> tupl
 
 def capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], dynamic_shapes: Any) -> Program:
     """The Program of any module, from example inputs; floating inputs may have any dtype and are used as float32."""
-    shell: nn.Module = _hollow(model)
+    shell: nn.Module = hollow_or_error(model)
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, _example, example_inputs)
     by_name = isinstance(inputs, Mapping)
     args, kwargs = ((), dict(inputs)) if by_name else (tuple(inputs), None)
@@ -308,7 +308,7 @@ def capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str
     return make_program(shell, exported, ModuleState(model), dynamic_shapes=dynamic_shapes)
 
 
-def _hollow(model: nn.Module) -> nn.Module:
+def hollow_or_error(model: nn.Module) -> nn.Module:
     try:
         return hollow(model)
     except Exception as error:
