@@ -9,6 +9,7 @@ import torch
 from qcompile.dtypes import DTYPES
 from qcompile.expr import Expr
 from qcompile.format import Format
+from qcompile.simplify import coordinates, simplify
 
 CHUNK = 1 << 18  # weights decoded at a time: a chunk's temporaries stay in cache
 _SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
@@ -102,7 +103,7 @@ def dequantize(
     """
     device = next(iter(tensors.values())).device
     rows = torch.arange(N, device=device) if rows is None else rows.to(device=device, dtype=torch.int64)
-    value, columns = format.weight(N, K), torch.arange(K, device=device)
+    value, columns = simplify(format.weight(N, K), coordinates(N, K)), torch.arange(K, device=device)
     out = torch.empty(len(rows), K, dtype=torch.float32, device=device)
     step = max(1, CHUNK // max(K, 1))
     for at in range(0, len(rows), step):
