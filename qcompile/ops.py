@@ -89,7 +89,7 @@ def _format_tensors(
 )
 def dequantize(stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
     """The weight f32 [n, k] whose tensors, in the order of `Format.stored`, are `stored`; `format` is its JSON."""
-    from qcompile.format import dequantize as evaluate
+    from qcompile.evaluate import dequantize as evaluate
 
     parsed, tensors = _format_tensors(json.loads(format), stored, n, k)
     return evaluate(parsed, tensors, n, k)
@@ -105,7 +105,7 @@ def _(stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
 )
 def embedding(ids: Tensor, stored: Sequence[Tensor], format: str, n: int, k: int) -> Tensor:
     """Rows `ids` (any shape, 0 <= id < n) of the packed weight [n, k]: f32 [..., k]."""
-    from qcompile.format import dequantize as evaluate
+    from qcompile.evaluate import dequantize as evaluate
 
     parsed, tensors = _format_tensors(json.loads(format), stored, n, k)
     rows, inverse = torch.unique(ids, return_inverse=True)

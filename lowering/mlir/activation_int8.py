@@ -1,18 +1,18 @@
 """Rows of x as int8 codes: the template "activation-int8", and the text that rounds one row inside another kernel.
 
 For every `group` inputs: scale = max|x| / 127, code = round_half_even(x * (127 / max|x|)); for every `block` inputs, the
-part of a dot product that the weights' zeros cause. Rows are interleaved by `tile`, so that a kernel that works on that
-many rows reads their codes of the same 4 inputs one behind the other:
+part of a dot product that the weights' zeros cause. Rows are kept in tiles of `tile` rows, so that a kernel that works on
+that many rows reads their codes of the same 4 inputs one behind the other. A tile is an array of 32-bit words:
 
-    codes  i32 [ceil(M / tile), K / 4, tile]      4 codes a word
-    scales f32 [ceil(M / tile), K / group, tile]
-    sums       [ceil(M / tile), K / block, tile]  i32: -zero * sum of codes, f32: sum of codes; none where zero is 0
+    codes  i32 [K / 4, tile]      4 codes a word
+    scales f32 [K / group, tile]
+    sums       [K / block, tile]  i32: -zero * sum of codes, f32: sum of codes; none where the zero is 0
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompile.lowering.mlir.text import Text, Value, vector
@@ -49,34 +49,28 @@ class Rounding:
         """Tensors of the prologue."""
         return {"": 0, "rms_norm": 1, "layer_norm": 2}[self.prologue["op"] if self.prologue else ""]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def words(self) -> int:
+        """Words of a tile."""
+        return self.tile * (self.k // 4 + self.k // self.group + (self.k // self.block if self.sums != "none" else 0))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where rounded rows lie: pointers at one tile (its first row, or a later one: the interleave stays)."""
+    """Pointers at the codes, scales and sums of a tile's first row; those of row i are i words behind."""
 
     codes: Value
     scales: Value
-    sums: Value | None
+    sums: Value
 
-    def at(self, r: Rounding, tile: Value | int, row: Value | int) -> Rows:
-        """Row `row` of tile `tile` behind this one."""
-        t = self.codes.text
-        tile, row = t.constant(tile, "i64"), t.constant(row, "i64")
+    @staticmethod
+    def of(r: Rounding, tile: Value) -> Rows:
+        """The rows of the tile that lies at the pointer `tile`."""
+        scales = r.k // 4 * r.tile
+        return Rows(tile, tile.at(scales, "i32"), tile.at(scales + r.k // r.group * r.tile, "i32"))
 
-        def moved(pointer: Value, per_row: int) -> Value:
-            return pointer.at(tile * (per_row * r.tile) + row, "i32")
-
-        sums = None if self.sums is None else moved(self.sums, r.k // r.block)
-        return Rows(moved(self.codes, r.k // 4), moved(self.scales, r.k // r.group), sums)
-
-
-def on_stack(t: Text, r: Rounding) -> Rows:
-    """Room for one tile."""
-    codes, scales = t.stack(r.k // 4 * r.tile, "i32"), t.stack(r.k // r.group * r.tile, "f32")
-    return Rows(codes, scales, t.stack(r.k // r.block * r.tile, "i32") if r.sums != "none" else None)
+    def row(self, index: Value | int) -> Rows:
+        return Rows(*(pointer.at(index, "i32") for pointer in (self.codes, self.scales, self.sums)))
 
 
 def round_row(t: Text, r: Rounding, x: Value, norms: Sequence[Value], out: Rows) -> None:
@@ -95,7 +89,7 @@ def round_row(t: Text, r: Rounding, x: Value, norms: Sequence[Value], out: Rows)
                 bits = t.cast("bitcast", values[i] * t.broadcast(inverse, r.width) + _MAGIC, "i32")
                 total = bits if total is None else total + bits
                 _store_codes(t, r, bits, out.codes, start + i * r.width)
-            if out.sums is not None and total is not None:
+            if r.sums != "none" and total is not None:
                 count = t.reduce("add", total) - _wrapped(r.block * _MAGIC_BITS)
                 place = out.sums.at((group * (r.group // r.block) + block) * r.tile, "i32")
                 t.store(count * -r.zero if r.sums == "start" else t.cast("sitofp", count, "f32"), place)
@@ -171,23 +165,18 @@ def _wrapped(number: int) -> int:
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
-    """Args: x f32 [M, K], the prologue's tensors [K], codes, scales and (unless `sums` is "none") sums. Dims: M.
+    """Args: x f32 [M, K], the prologue's tensors [K], tiles i32 [ceil(M / tile), words]. Dims: M.
 
     Threads share the rows; those that fill the last tile repeat row M - 1.
     """
     r = Rounding(**params)
     t = Text(
-        TEMPLATE.replace("-", "_"),
-        f"codes[m, k] = round(norm(x)[m, k] * 127 / most), scale[m, g] = most / 127, most = max |norm(x)[m, g * {r.group} + i]|\n"
-        f"{r}",
+        "activation_int8",
+        f"code[m, k] = round(x * 127 / most), scale = most / 127, most = max |x[m, g]| of {r.group} inputs\n{r}",
     )
-    x, norms = t.arg(0), [t.arg(1 + i) for i in range(r.norms)]
-    at = 1 + r.norms
-    rows = Rows(t.arg(at), t.arg(at + 1), t.arg(at + 2) if r.sums != "none" else None)
-    count = t.dim(0)
-    tiles = (count + (r.tile - 1)) // r.tile
-    first, end = t.share(tiles * r.tile)
+    x, norms, tiles, count = t.arg(0), [t.arg(1 + i) for i in range(r.norms)], t.arg(1 + r.norms), t.dim(0)
+    first, end = t.share((count + (r.tile - 1)) // r.tile * r.tile)
     with t.loop(first, end) as row:
-        source = x.at(row.least(count - 1) * r.k, "f32")
-        round_row(t, r, source, norms, rows.at(r, row // r.tile, row % r.tile))
+        rows = Rows.of(r, tiles.at(row // r.tile * r.words, "i32")).row(row % r.tile)
+        round_row(t, r, x.at(row.least(count - 1) * r.k, "f32"), norms, rows)
     return t.finish()

@@ -1,0 +1,123 @@
+"""int8 linear for few rows: the template "linear-int8-gemv". The formula is that of `linear_int8.py`.
+
+Schedule: every thread rounds the rows of x for itself (they are few: that costs less than a barrier), into its part of
+the scratch. Then it streams its share of the weights once, `blocks` blocks of 16 outputs side by side so that several
+loads are under way, each block's words in the order they lie in memory; `rows` rows of x use what was loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompile.lowering.mlir.activation_int8 import Rounding, Rows, round_row
+from qcompile.lowering.mlir.epilogue import Epilogue
+from qcompile.lowering.mlir.int8_dot import WORDS, dot, quads
+from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
+from qcompile.lowering.mlir.linear_int8 import Block, Scheme, group_of, scheme
+from qcompile.lowering.mlir.text import Text, Value
+from qcompile.target import Target
+
+TEMPLATE = "linear-int8-gemv"
+
+
+def scratch(params: dict[str, Any]) -> int:
+    """f32 elements of scratch that each thread needs."""
+    return _rounding(params).words + 15 & ~15
+
+
+def _rounding(params: dict[str, Any]) -> Rounding:
+    return scheme(params).rounding(params["rows"], params["prologue"])
+
+
+def emit(params: dict[str, Any], target: Target) -> str:
+    """The operands of `linear.py` with scratch; params: those of `Shape`, `k`, `act_group`, `rows` >= M, `blocks`."""
+    s, r, shape, rows = scheme(params), _rounding(params), Shape.of(params), params["rows"]
+    t = Text("linear_int8_gemv", f"{(__doc__ or '').splitlines()[0]}\n{s}\n{shape}")
+    operands = Operands.load(t, shape, True)
+    assert operands.scratch is not None
+    tile = Rows.of(r, operands.scratch.at(t.thread * scratch(params), "f32"))
+    with t.loop(0, rows) as row:
+        source = operands.x.at(row.least(operands.m - 1) * s.k, "f32")
+        round_row(t, r, source, operands.norm, tile.row(row))
+    kernel = _Gemv(t, target, s, operands, tile, rows, Epilogue(t, shape, operands))
+    for section, first, end in shares(t, sections(t, shape, operands)):
+        side = max(1, params["blocks"] // len(section.streams))
+        whole = end - (end - first) % side
+        with t.loop(first, whole, side) as block:
+            kernel.blocks(section, block, side)
+        if side > 1:
+            with t.loop(whole.most(first), end) as block:
+                kernel.blocks(section, block, 1)
+    return t.finish()
+
+
+class _Gemv:
+    """Writes the work on a few blocks side by side."""
+
+    def __init__(
+        self, t: Text, target: Target, s: Scheme, operands: Operands, x: Rows, rows: int, epilogue: Epilogue
+    ):
+        self.t, self.target, self.s, self.operands, self.x = t, target, s, operands, x
+        self.rows, self.epilogue = rows, epilogue
+
+    def blocks(self, section: Section, first: Value, side: int) -> None:
+        t, s = self.t, self.s
+        blocks = [
+            Block.of(s, self.operands.stored[part], first + i + start)
+            for i in range(side)
+            for part, start in section.streams
+        ]
+        totals = [t.constant(0.0, F32)] * (len(blocks) * self.rows)
+        with t.loop(0, s.k // s.chunk, carry=totals) as loop:
+            loop.carry(self._chunk(blocks, loop.index, s.chunk // s.block, list(loop.values)))
+        totals = list(loop.results)
+        left = s.k % s.chunk // s.block
+        if left:
+            totals = self._chunk(blocks, t.constant(s.k // s.chunk, "i64"), left, totals)
+        ends = [block.last(total) for i, block in enumerate(blocks) for total in totals[i * self.rows :][: self.rows]]
+        streams = len(section.streams)
+        for row in range(self.rows):
+            with t.when(t.constant(row, "i64") < self.operands.m):
+                for i in range(side):
+                    sums = [ends[(i * streams + stream) * self.rows + row] for stream in range(streams)]
+                    self.epilogue.finish(section, first + i, t.constant(row, "i64"), sums)
+
+    def _chunk(self, blocks: list[Block], chunk: Value, count: int, totals: list[Value]) -> list[Value]:
+        """Adds `count` blocks of inputs from a chunk on to the sums of every (block of outputs, row)."""
+        t, s = self.t, self.s
+        words = [block.chunk(chunk) for block in blocks]
+        x = self.x.codes.at(chunk * (s.chunk // 4 * self.rows), "i32")
+        per_block = s.block // 4
+        for inputs in range(count):
+            index = chunk * (s.chunk // s.block) + inputs
+            sums = [self._row(self.x.sums, index, row) for row in range(self.rows)] if s.sums != "none" else None
+            dots = [t.broadcast(self._as_int(v), LANES) for v in sums] if sums and s.sums == "start" else None
+            dots = (dots or [t.constant(0, WORDS)] * self.rows) * len(blocks)
+            columns = [
+                quads(t, self.target, s.codes, words[i], inputs * per_block, per_block) for i in range(len(blocks))
+            ]
+            for quad in range(per_block):
+                for row in range(self.rows):
+                    place = x.at(((inputs * per_block) + quad) * self.rows + row, "i32")
+                    codes = t.broadcast(t.load(place, "i32"), LANES)
+                    for i in range(len(blocks)):
+                        at = i * self.rows + row
+                        dots[at] = dot(t, self.target, s.codes.greatest, dots[at], columns[i][quad], codes)
+            group = group_of(s, s.lanes.group, chunk, inputs)
+            scales = [
+                t.broadcast(self._row(self.x.scales, group_of(s, s.act_group, chunk, inputs), row), LANES)
+                for row in range(self.rows)
+            ]
+            x_sums = [t.broadcast(v, LANES) for v in sums] if sums and s.sums == "after" else [None] * self.rows
+            for i, block in enumerate(blocks):
+                stored = block.group(group)
+                for row in range(self.rows):
+                    at = i * self.rows + row
+                    totals[at] = stored.add(totals[at], dots[at], scales[row], x_sums[row])
+        return totals
+
+    def _row(self, base: Value, index: Value, row: int) -> Value:
+        return self.t.load(base.at(index * self.rows + row, "f32"), "f32")
+
+    def _as_int(self, value: Value) -> Value:
+        return self.t.cast("bitcast", value, "i32")
