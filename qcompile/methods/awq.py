@@ -83,7 +83,7 @@ class AwqConfig(MethodConfig):
         self.require_patterns("modules_to_not_convert")
         self.require(self.format == "gemm" or self.bits == 4, "bits", f"4, the only width of format {self.format!r}")
         other = (
-            "autoround" in str(self.unused.get("meta", "provider", "")).replace("-", "") or "autoround_version" in self.unused
+            "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
         )
         self.require(
             not other or self.bits in (2, 3, 4, 8),

@@ -58,7 +58,7 @@ class MethodConfig:
                 unused[name] = value
             else:
                 raise ConfigError(
-                    f"unknown field in a {cls.method} config",
+                    f"unknown field in the {cls.method} config",
                     found=f"{name!r}{near(name, known)}",
                     expected=", ".join(known),
                     remedy="correct the name, or leave the field out",
@@ -66,7 +66,7 @@ class MethodConfig:
         for f in fields(cls):
             if f.name not in own and f.default is MISSING and f.default_factory is MISSING:
                 raise ConfigError(
-                    f"a {cls.method} config needs the field {f.name!r}", found=", ".join(data) or "no field"
+                    f"the {cls.method} config needs the field {f.name!r}", found=", ".join(data) or "no field"
                 )
         return cls(**own, unused=unused)
 
@@ -78,7 +78,7 @@ class MethodConfig:
         """Raise ConfigError about field `name` unless `ok`."""
         if not ok:
             raise ConfigError(
-                f"a {self.method} config has a value out of range",
+                f"the {self.method} config has a value out of range",
                 where=f"field {name!r}",
                 found=repr(getattr(self, name)),
                 expected=expected,

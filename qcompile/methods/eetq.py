@@ -93,7 +93,7 @@ class Eetq:
         code = torch.trunc(ratio.double() + torch.copysign(torch.tensor(0.5, dtype=torch.float64), ratio.double()))
         code = torch.where(ratio.isnan(), 127, code.clamp(-128, 127)).to(torch.int32)
         dtype = torch.float16 if fmt.scale == "f16" else torch.float32
-        fields = {"code": code, "scale": scale.to(dtype).expand_as(code)}
+        fields = {"code": code + 128, "scale": scale.to(dtype).expand_as(code)}
         return stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
 
     def effects(self, config: MethodConfig) -> list[tuple[str, str]]:

@@ -113,7 +113,7 @@ class GptqConfig(MethodConfig):
             re.compile(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern)
         except re.error as error:
             raise ConfigError(
-                "a gptq config has a pattern that is not a regular expression",
+                "the gptq config has a pattern that is not a regular expression",
                 where="field 'dynamic'",
                 found=f"{pattern!r} ({error})",
                 expected="a regular expression of module paths",
@@ -125,7 +125,7 @@ class GptqConfig(MethodConfig):
             GptqConfig(**data)
         except ConfigError as error:
             raise ConfigError(
-                "a gptq config has a value out of range",
+                "the gptq config has a value out of range",
                 where=f"field 'dynamic', {pattern!r}, {error.where}",
                 found=error.found,
                 expected=error.expected,
@@ -157,7 +157,7 @@ def in_blocks(config: GptqConfig, module: Module, modules: Mapping[str, Module])
     block = next((b for b in names if any(path.startswith(f"{b}.") for path in modules)), None)
     if block is None and config.block_name_to_quantize:
         raise ConfigError(
-            "a gptq config names blocks that do not exist",
+            "the gptq config names blocks that do not exist",
             where="field 'block_name_to_quantize'",
             found=repr(config.block_name_to_quantize),
             expected="a prefix of module paths, such as 'model.layers'",

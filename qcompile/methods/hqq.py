@@ -95,7 +95,7 @@ class HqqConfig(MethodConfig):
     def _saved(self, value: Any, where: str) -> HqqLayer:
         if not isinstance(value, Mapping) or not isinstance(value.get("weight_quant_params"), Mapping):
             raise ConfigError(
-                "an hqq config has no weight_quant_params",
+                "the hqq config has no weight_quant_params",
                 where=f"field {where}",
                 found=repr(value)[:200],
                 expected="{'weight_quant_params': {'nbits': 4, 'group_size': 64, ...}, ...}",
@@ -103,7 +103,7 @@ class HqqConfig(MethodConfig):
         for name in ("scale_quant_params", "zero_quant_params"):
             if value.get(name) is not None:
                 raise ConfigError(
-                    "an hqq config quantizes scales or zeros themselves",
+                    "the hqq config quantizes scales or zeros themselves",
                     where=f"field {where}, {name!r}",
                     found=repr(value[name])[:200],
                     expected="None",
@@ -116,7 +116,7 @@ class HqqConfig(MethodConfig):
         for name in value:
             if name not in known and name not in ("quant_zero", "quant_scale", "offload_meta"):
                 raise ConfigError(
-                    "unknown field in an hqq config",
+                    "unknown field in the hqq config",
                     where=f"field {where}",
                     found=f"{name!r}{near(name, known)}",
                     expected=", ".join(known),
@@ -136,7 +136,7 @@ class HqqConfig(MethodConfig):
         ):
             if not ok:
                 raise ConfigError(
-                    "an hqq config has a value out of range",
+                    "the hqq config has a value out of range",
                     where=f"field {where}, {name!r}" if where else f"field {name!r}",
                     found=repr(getattr(layer, name)),
                     expected=expected,

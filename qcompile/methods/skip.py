@@ -93,7 +93,7 @@ def _check(
             hit = any(rule(pattern, path) for path in paths)
         except re.error as error:
             raise ConfigError(
-                f"a {method} config has a pattern that is not a regular expression",
+                f"the {method} config has a pattern that is not a regular expression",
                 where=f"field {field!r}",
                 found=f"{pattern!r} ({error})",
                 expected="a module name or a regular expression",
@@ -101,7 +101,7 @@ def _check(
         if not hit:
             close = get_close_matches(pattern, sorted({*paths, *(path.rsplit(".", 1)[-1] for path in paths)}), n=3)
             raise ConfigError(
-                f"a {method} config has a pattern that matches no module",
+                f"the {method} config has a pattern that matches no module",
                 where=f"field {field!r}",
                 found=repr(pattern),
                 expected=f"one of {len(paths)} modules with a weight"
