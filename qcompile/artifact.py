@@ -141,20 +141,21 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """How to read one module's weight f32 [rows, k] back: dequantize the packed [n, k], take rows from `row` on.
+class WeightRecord:
+    """Where the weight of a module lies now, and the way back to its value.
 
-    `format` is the format's JSON; `tensors` maps its stored names to tensors of the weights file. `columns` names an
-    integer tensor [k] where packing permuted the inputs: packed column j is input columns[j].
+    The packed weight [n, k] in `format` (its JSON) is held by `tensors` (stored name -> name of a tensor); the module's
+    own weight is its `rows` rows from `row` on. `order`, if any, names the i64 [k] tensor that says which input of the
+    module each packed column is: module_weight[:, order[i]] = packed[:, i].
     """
 
     format: dict[str, Any]
     tensors: dict[str, str]
     n: int
     k: int
-    row: int = 0
-    rows: int | None = None
-    columns: str | None = None
+    row: int
+    rows: int
+    order: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Artifact:
     executable: Executable | None = None
     graph: Graph | None = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    weights: dict[str, Weight] = field(default_factory=dict)
+    weights: dict[str, WeightRecord] = field(default_factory=dict)
     structure: Any = None
     model_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] | None = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from qcompile.artifact import WeightRecord as WeightRecord
 from qcompile.dims import Dim
 from qcompile.errors import CheckpointError, ConfigError
 
@@ -46,24 +47,6 @@ class Input:
     name: str
     dtype: str
     shape: tuple[Dim, ...]
-
-
-@dataclass(frozen=True)
-class WeightRecord:
-    """Where the weight of a module lies now, and the way back to its value.
-
-    The packed weight [n, k] in `format` (its JSON) is held by `tensors` (stored name -> name in `Program.tensors`); the
-    module's own weight is its `rows` rows from `row` on. `order`, if any, names the i64 [k] tensor that says which input of
-    the module each packed column is: module_weight[:, order[i]] = packed[:, i].
-    """
-
-    format: dict[str, Any]
-    tensors: dict[str, str]
-    n: int
-    k: int
-    row: int
-    rows: int
-    order: str | None = None
 
 
 @dataclass
