@@ -112,7 +112,7 @@ def emit(params: dict[str, Any], target: Target) -> str:
     """Text of the kernel. args: inputs, outputs. dims: sizes, then for each of them the strides but the last, then the
     last if its form is "apart" ("unit": 1, "same": 0)."""
     operands = [*params["inputs"], *params["outputs"]]
-    t = Text("kernel", _about(params))
+    t = Text(TEMPLATE.replace("-", "_"), _about(params))
     count, lanes = params["dims"], target.lanes
     sizes = [t.dim(i) for i in range(count)]
     at, outer, inner = count, list[list[Value]](), list[Value | None]()
