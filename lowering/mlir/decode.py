@@ -1,0 +1,196 @@
+"""Weights as float32 vectors of sixteen outputs, read from a layout or any other format by MLIR text.
+
+A reader gives the weight of a block (outputs 16 b .. 16 b + 15) at an input in two halves: `value`, which changes with every
+input, and `Scaling`, which holds for a group of inputs: W = value * scale + shift. Where a reader has no group, W = value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from qcompile.errors import InternalError
+from qcompile.format import Format
+from qcompile.formats.lanes import Lanes, LanesDense, planes
+from qcompile.lowering.mlir.memory import gather, load
+from qcompile.lowering.mlir.text import Text, Value, vector
+from qcompile.target import Target
+
+LANES = 16
+F32, I32 = vector(LANES, "f32"), vector(LANES, "i32")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What holds for one group of a block: W = (value - zero) * scale + offset, all vectors; None where it is not there."""
+
+    scale: Value
+    zero: Value | None
+    offset: Value | None
+
+
+class Reader(Protocol):
+    """How kernels read one weight. `unit` inputs are read together; it divides the group, and K where there is a group."""
+
+    unit: int
+    group: int | None
+    needs_sums: bool  # zero or offset are stored, so that sums of x over each group are wanted
+
+    def words(self, block: Value, k: Value) -> list[list[Value]]:
+        """What the values of inputs k .. k + unit - 1 are made of; k is a multiple of `unit`."""
+
+    def value(self, words: list[list[Value]], j: int) -> Value:
+        """The value at input k + j."""
+
+    def scaling(self, block: Value, group: Value) -> Scaling: ...
+
+    def single(self, block: Value, k: Value) -> Value:
+        """The value at input k, wherever k is: for the last K % unit inputs where there is no group."""
+
+
+class LanesReader:
+    """`Lanes`: words of sixteen outputs, see its docstring for the order of the bits."""
+
+    def __init__(self, t: Text, target: Target, format: Lanes, stored: list[Value], k: Value):
+        self.t, self.target, self.format, self.k = t, target, format, k
+        self.widths = planes(format.bits)
+        self.planes, rest = stored[: len(self.widths)], stored[len(self.widths) :]
+        self.scales = rest.pop(0)
+        self.zeros = rest.pop(0) if isinstance(format.zero, str) else None
+        self.offsets = rest.pop(0) if format.offset is not None else None
+        self.group = format.group
+        self.needs_sums = self.zeros is not None or self.offsets is not None
+        self.unit = next(u for u in (32, 16, 8, 4, 1) if format.group % u == 0 and u * min(self.widths) <= 32)
+        self._table = self._entries()
+        self._memory = self._in_memory()
+
+    def _entries(self) -> list[float] | None:
+        """What each code is worth without its scale, where a table of at most 16 entries says it; repeated to 16."""
+        if self.format.bits > 4:
+            return None
+        if self.format.table is not None:
+            entries = list(self.format.table)
+        elif self.target.isa == "avx512":
+            zero = self.format.zero if isinstance(self.format.zero, int | float) else 0.0
+            entries = [code - zero for code in range(1 << self.format.bits)]
+        else:
+            return None
+        entries += [0.0] * ((1 << self.format.bits) - len(entries))
+        return entries * (16 // len(entries))
+
+    def _in_memory(self) -> Value | None:
+        """The table on the stack, for machines that look tables up there."""
+        entries = self._table if self.target.isa == "portable" else None
+        if self.format.table is not None and self.format.bits > 4:
+            entries = list(self.format.table) + [0.0] * ((1 << self.format.bits) - len(self.format.table))
+        if entries is None:
+            return None
+        memory = self.t.stack(len(entries), "f32")
+        for at in range(0, len(entries), LANES):
+            self.t.store(self.t.constants(entries[at : at + LANES], "f32"), memory.at(at, "f32"))
+        return memory
+
+    def words(self, block: Value, k: Value) -> list[list[Value]]:
+        t, out = self.t, []
+        for pointer, width in zip(self.planes, self.widths, strict=True):
+            per = 32 // width
+            base = block * ((self.k + (per - 1)) // per)
+            count = max(1, self.unit // per)
+            loaded = [t.load(pointer.at((base + k // per + i) * LANES, "i32"), I32) for i in range(count)]
+            if self.unit < per:
+                inside = k % per
+                shift = inside // 4 * width
+                if self.unit == 1:
+                    shift = shift + inside % 4 * 8
+                loaded = [loaded[0] >> t.broadcast(t.cast("trunci", shift, "i32"), LANES)]
+            out.append(loaded)
+        return out
+
+    def _code(self, words: list[list[Value]], j: int) -> Value:
+        """The code of input j; bits above it are not cleared where one plane is all there is and a table drops them."""
+        code, below = None, 0
+        for loaded, width in zip(words, self.widths, strict=True):
+            per = 32 // width
+            word, place = loaded[j // per], j % per
+            shift = 8 * (place % 4) + width * (place // 4)
+            part = word >> shift
+            if self._table is None or self._memory is not None or len(self.widths) > 1:
+                part = part & ((1 << width) - 1)
+            part = part << below
+            code, below = part if code is None else code | part, below + width
+        if code is None:
+            raise InternalError("a code without planes", found=self.format.bits)
+        return code
+
+    def value(self, words: list[list[Value]], j: int) -> Value:
+        t, code = self.t, self._code(words, j)
+        if self._memory is not None:
+            everywhere = t.constant(1, vector(LANES, "i1"))
+            return gather(t, self._memory, t.cast("extui", code, "i64"), "f32", everywhere)
+        if self._table is not None:
+            return self._look_up(code)
+        zero = self.format.zero
+        if isinstance(zero, int | float) and zero:
+            if float(zero).is_integer():
+                return t.cast("sitofp", code - int(zero), "f32")
+            return t.cast("sitofp", code, "f32") - float(zero)
+        return t.cast("sitofp", code, "f32")
+
+    def _look_up(self, code: Value) -> Value:
+        """The entry at the low four bits of each code."""
+        t, entries = self.t, self._table
+        assert entries is not None
+        if self.target.isa == "avx512":
+            return t.intrinsic("llvm.x86.avx512.permvar.sf.512", [t.constants(entries, "f32"), code], F32)
+        low, high = t.constants(entries[:8], "f32"), t.constants(entries[8:], "f32")
+        halves = []
+        for start in (0, 8):
+            index = t.slice(code, start, 8)
+            below, above = (t.intrinsic("llvm.x86.avx2.permps", [item, index], low.type) for item in (low, high))
+            halves.append(t.select((index << 28) < 0, above, below))
+        return t.join(*halves)
+
+    def scaling(self, block: Value, group: Value) -> Scaling:
+        t, format = self.t, self.format
+        at = (block * (self.k // format.group) + group) * LANES
+        scale = load(t, self.scales, at, format.scale, LANES)
+        zero = load(t, self.zeros, at, str(format.zero), LANES) if self.zeros is not None else None
+        offset = load(t, self.offsets, at, str(format.offset), LANES) if self.offsets is not None else None
+        if format.factor != 1.0:
+            scale = scale * format.factor
+            offset = None if offset is None else offset * format.factor
+        return Scaling(scale, zero, offset)
+
+    def single(self, block: Value, k: Value) -> Value:
+        raise InternalError("a group has no rest", found=self.format.group)
+
+
+class DenseReader:
+    """`LanesDense`: floats, sixteen outputs side by side."""
+
+    unit, group, needs_sums = 8, None, False
+
+    def __init__(self, t: Text, format: LanesDense, stored: list[Value], k: Value):
+        self.t, self.format, self.pointer, self.k = t, format, stored[0], k
+
+    def words(self, block: Value, k: Value) -> list[list[Value]]:
+        base = (block * self.k + k) * LANES
+        return [[load(self.t, self.pointer, base + j * LANES, self.format.dtype, LANES) for j in range(self.unit)]]
+
+    def value(self, words: list[list[Value]], j: int) -> Value:
+        return words[0][j]
+
+    def single(self, block: Value, k: Value) -> Value:
+        return load(self.t, self.pointer, (block * self.k + k) * LANES, self.format.dtype, LANES)
+
+    def scaling(self, block: Value, group: Value) -> Scaling:
+        raise InternalError("an unquantized weight has no scale")
+
+
+def reader(t: Text, target: Target, format: Format, stored: list[Value], k: Value) -> Reader:
+    """The reader of a weight with K inputs whose stored tensors are `stored`."""
+    if isinstance(format, Lanes):
+        return LanesReader(t, target, format, stored, k)
+    if isinstance(format, LanesDense):
+        return DenseReader(t, format, stored, k)
+    raise InternalError("no reader", found=format.kind)

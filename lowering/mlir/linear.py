@@ -1,0 +1,150 @@
+"""What the kernels of `qcompile.linear` share: parameters, order of arguments, and how the work is cut.
+
+A linear kernel's arguments are, in order:
+    x          f32 [M, K], or what the template says it reads instead
+    y          f32 [M, n_out]
+    stored     the tensors of part 0, part 1 ..., each in the order of `Format.stored`
+    extras     as `LinearSpec` lists them, f32: bias [N]; norm weight [K] (and bias [K]); one [M, n_out] for each add or mul
+    scratch    f32 [threads, scratch elements], where the template asks for it
+and its dimensions are M, K, then the rows of each part.
+
+Sixteen neighbouring outputs are a block. Every block is computed by one thread, in the same way whatever the number of
+threads, so results do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompile.format import Format, format_from_json
+from qcompile.lowering.mlir.text import Text, Value
+
+LANES = 16
+F32, I32 = f"vector<{LANES}xf32>", f"vector<{LANES}xi32>"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a linear kernel computes; `params` is its JSON (the same names), to which a template adds its own.
+
+    `formats`: one for each part. `ragged`: some part has a number of rows that is no multiple of 16.
+    `shared`: the scale, zero and offset of a part do not change (see the templates).
+    """
+
+    formats: tuple[dict[str, Any], ...]
+    ragged: bool = False
+    bias: bool = False
+    prologue: dict[str, Any] | None = None
+    epilogue: tuple[dict[str, Any], ...] = ()
+
+    @staticmethod
+    def of(params: dict[str, Any]) -> Shape:
+        return Shape(
+            tuple(params["formats"]), params["ragged"], params["bias"], params["prologue"], tuple(params["epilogue"])
+        )
+
+    def params(self, **more: Any) -> dict[str, Any]:
+        return {
+            "formats": list(self.formats), "ragged": self.ragged, "bias": self.bias, "prologue": self.prologue,
+            "epilogue": list(self.epilogue), **more,
+        }  # fmt: skip
+
+    @property
+    def glu(self) -> str | None:
+        """The activation of a gated unit, None where there is none."""
+        return next((step["act"] for step in self.epilogue if step["op"] == "glu"), None)
+
+    def parse(self) -> tuple[Format, ...]:
+        return tuple(format_from_json(data) for data in self.formats)
+
+
+@dataclass
+class Operands:
+    """The pointers and sizes of a linear kernel, loaded at its start."""
+
+    x: Value
+    y: Value
+    stored: list[list[Value]]
+    bias: Value | None
+    norm: list[Value]
+    extras: list[Value]
+    scratch: Value | None
+    m: Value
+    k: Value
+    rows: list[Value]
+    columns: Value = field(init=False)  # of y
+
+    @staticmethod
+    def load(t: Text, shape: Shape, scratch: bool) -> Operands:
+        count = 0
+
+        def take() -> Value:
+            nonlocal count
+            count += 1
+            return t.arg(count - 1)
+
+        formats = shape.parse()
+        x, y = take(), take()
+        # The number and order of stored tensors does not depend on the size; 2**20 divides by every group.
+        stored = [[take() for _ in format.stored(1 << 20, 1 << 20)] for format in formats]
+        bias = take() if shape.bias else None
+        norm = [take() for _ in range({None: 0, "rms_norm": 1, "layer_norm": 2}[(shape.prologue or {"op": None})["op"]])]
+        extras = [take() for step in shape.epilogue if step["op"] in ("add", "mul")]
+        made = Operands(
+            x, y, stored, bias, norm, extras, take() if scratch else None, t.dim(0), t.dim(1),
+            [t.dim(2 + i) for i in range(len(formats))],
+        )  # fmt: skip
+        total = t.constant(0, "i64")
+        for rows in made.rows:
+            total = total + rows
+        made.columns = total // 2 if shape.glu else total
+        return made
+
+
+@dataclass
+class Section:
+    """Blocks that are computed alike: `streams` are (part, first block) whose block b + first feeds output column
+    `column` + 16 b; two of them, gate and up, for a gated unit. `blocks` and `rows` (valid outputs) count one stream."""
+
+    streams: tuple[tuple[int, Value | int], ...]
+    column: Value
+    blocks: Value
+    rows: Value
+
+
+def sections(t: Text, shape: Shape, operands: Operands) -> list[Section]:
+    """The parts of the work, in the order of the output's columns.
+
+    A gated unit's halves are two parts, or the two halves of one part (whose half must then be a multiple of 16 rows).
+    """
+    zero = t.constant(0, "i64")
+    if shape.glu:
+        if len(shape.formats) == 2:
+            rows = operands.rows[0]
+            return [Section(((0, 0), (1, 0)), zero, _blocks(rows), rows)]
+        half = operands.rows[0] // 2
+        return [Section(((0, 0), (0, half // LANES)), zero, _blocks(half), half)]
+    out, column = [], zero
+    for part, rows in enumerate(operands.rows):
+        out.append(Section(((part, 0),), column, _blocks(rows), rows))
+        column = column + rows
+    return out
+
+
+def _blocks(rows: Value) -> Value:
+    return (rows + (LANES - 1)) // LANES
+
+
+def shares(t: Text, work: list[Section]) -> Iterator[tuple[Section, Value, Value]]:
+    """Each section with the blocks [first, end) of it that are this thread's: a contiguous part of all blocks together."""
+    total = t.constant(0, "i64")
+    for section in work:
+        total = total + section.blocks
+    first, end = t.share(total)
+    before = t.constant(0, "i64")
+    for section in work:
+        low, high = ((item - before).most(0).least(section.blocks) for item in (first, end))
+        yield section, low, high
+        before = before + section.blocks
