@@ -128,12 +128,12 @@ class Block:
         assert scales is not None
         return Block(s, words, scales, per_group(s.lanes.zero), per_group(s.lanes.offset))
 
-    def chunk(self, index: Value | int) -> list[Value]:
-        """Pointers at the words of chunk `index`."""
-        t = self.scales.text
+    def words_at(self, k: Value | int) -> list[Value]:
+        """Pointers at the words of input k, the first of a word of every plane."""
+        place = self.scales.text.constant(k, "i64")
         widths = planes(self.scheme.lanes.bits)
         return [
-            pointer.at(t.constant(index, "i64") * (self.scheme.chunk * width // 32 * LANES), "i32")
+            pointer.at(place // (32 // width) * LANES, "i32")
             for pointer, width in zip(self.words, widths, strict=True)
         ]
 

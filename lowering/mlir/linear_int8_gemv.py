@@ -85,7 +85,7 @@ class _Gemv:
     def _chunk(self, blocks: list[Block], chunk: Value, count: int, totals: list[Value]) -> list[Value]:
         """Adds `count` blocks of inputs from a chunk on to the sums of every (block of outputs, row)."""
         t, s = self.t, self.s
-        words = [block.chunk(chunk) for block in blocks]
+        words = [block.words_at(chunk * s.chunk) for block in blocks]
         x = self.x.codes.at(chunk * (s.chunk // 4 * self.rows), "i32")
         per_block = s.block // 4
         for inputs in range(count):
