@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ def _program(
     else:
         program = _plain(shell, source, model_config, quantization)
     notes.apply(program)
-    for name, reason in ignored(shell, program.ledger.unclaimed()).items():
-        program.ledger.ignore(name, reason)
+    for name in unexpected(shell, program.ledger.unclaimed()):
+        program.ledger.ignore(name, "the architecture has no use for it")
     _check_present(program, quantization is not None)
     return program
 
@@ -120,7 +120,8 @@ def _causal(
 def _plain(
     shell: Any, source: TensorSource, model_config: dict[str, Any], quantization: dict[str, Any] | None
 ) -> Program:
-    shell.set_attn_implementation("sdpa")
+    shell.config.use_cache = False
+    shell.set_attn_implementation("sdpa" if getattr(shell, "_supports_sdpa", False) else "eager")
     inputs, shapes = _inputs(shell)
     exported = export(shell, (), inputs, shapes)
     return make_program(
@@ -177,15 +178,17 @@ class _Facts:
 def _check_present(program: Program, quantized: bool) -> None:
     """CheckpointError unless every tensor that the graph reads is in the source with the right shape.
 
-    Weights that a quantized checkpoint may store in another form are left to its method.
+    Weights that the checkpoint may store in another form are left to its method.
     """
-    stored, there = {module.weight for module in program.modules.values()}, set(program.source.names())
+    weights, there = {module.weight for module in program.modules.values()}, set(program.source.names())
+    others = there - set(program.tensors)
     absent = []
     for name, tensor in program.tensors.items():
-        if not tensor.is_meta or (quantized and name in stored):
+        if not tensor.is_meta or (quantized and name in weights):
             continue
         if name not in there:
-            absent.append(name)
+            stem = name.removesuffix("weight")
+            absent += [] if any(other.startswith(stem) for other in others) else [name]
         elif not program.source.info(name).encoding and program.source.info(name).shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"tensor '{name}' has another shape than the architecture",
@@ -319,7 +322,7 @@ def instantiate(cls: Any, config: Any) -> nn.Module:
 
     try:
         with _quiet(), no_init_weights(), torch.no_grad():
-            model = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+            model = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")
             model.tie_weights()
     except Exception as error:
         raise CaptureError(
@@ -374,7 +377,8 @@ def _conversions(shell: Any) -> list[Any]:
     return [c for c in get_model_conversion_mapping(shell) if isinstance(c, WeightRenaming)]
 
 
-def ignored(shell: Any, names: tuple[str, ...]) -> dict[str, str]:
-    """Names that the architecture says its checkpoints may hold in vain, each with the reason."""
+def unexpected(shell: Any, names: Sequence[str]) -> list[str]:
+    """Those of `names` that are not the architecture's, and of which it says that checkpoints may hold them in vain."""
     patterns = [re.compile(p) for p in getattr(shell, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return {name: "the architecture has no use for it" for name in names if any(p.search(name) for p in patterns)}
+    own = aliases(shell)
+    return [name for name in names if name not in own and any(p.search(name) for p in patterns)]
