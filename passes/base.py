@@ -122,10 +122,11 @@ def run_pipeline(program: Program, passes: Iterable[Pass], ctx: Context) -> None
 
 
 def _broken(pass_: Pass, folder: Path, error: Exception) -> InternalError:
+    first = (str(error).splitlines() or [""])[0]
     return InternalError(
         f"the pass '{pass_.name}' failed",
         where=str(folder),
-        found=f"{type(error).__name__}: {error}",
+        found=f"{type(error).__name__}: {first}",
         remedy="report this, with that folder; compile with less fuel to find the rewrite",
     )
 

@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from qcompile import ops  # noqa: F401  (patterns name its operators)
 from qcompile.errors import InternalError
 from qcompile.program import Program
 
@@ -170,6 +171,25 @@ def tensor_node(program: Program, name: str, tensor: torch.Tensor | None = None)
             first = graph.get_attr(attribute)
         first.meta |= {"tensor": name, "val": fake_like(program, program.tensors[name])}
     return first
+
+
+def erase_unused(nodes: Sequence[Node]) -> None:
+    """Erases each call whose value nobody uses, and then what only it used; stored tensors stay."""
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if not node._erased and node.op == "call_function" and not node.users and not node.is_impure():
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+def forget(program: Program, nodes: Sequence[Node]) -> None:
+    """Drops stored tensors that nobody reads any more, with their nodes, so that their memory is free at once."""
+    for node in dict.fromkeys(nodes):
+        if not node.users:
+            program.tensors.pop(node.meta["tensor"], None)
+            program.graph.graph.erase_node(node)
+            delattr(program.graph, node.target)
 
 
 def unused_name(program: Program, name: str) -> str:

@@ -103,6 +103,19 @@ def _t_outer(column: Any, row: Any, a: int, b: int) -> Any:
     return aten.mul.Tensor(aten.transpose.int(column, a, b), aten.transpose.int(row, a, b))
 
 
+def _doubled(x: Any, table: Any, dim: Any) -> Any:
+    product = aten.mul.Tensor(x, table)
+    return aten.cat.default([product, product], dim)
+
+
+def _is_table(match: Match) -> str | None:
+    """Angles of a rotary embedding: positions [.., 1] times frequencies [n], once for each half of a head."""
+    x, table = match["x"], match["table"]
+    if not _is_parameter(table, 1) or shape(x)[-1] != 1 or match["dim"] % len(shape(x)) != len(shape(x)) - 1:
+        return "the parts are not one column times a stored row"
+    return None
+
+
 PATTERNS = (
     Pattern("addmm-to-linear", _addmm, lambda bias, x, w: _linear(x, w, bias), _bias_is_a_vector),
     Pattern("baddbmm-to-linear", _baddbmm, lambda bias, x, w, size: _linear(x, w, bias), _bias_is_a_vector),
@@ -111,8 +124,12 @@ PATTERNS = (
     Pattern("matmul-to-linear", _matmul, _linear, _weight_is_stored),
     Pattern("transposed-twice", _double_t, lambda w: w, shared=frozenset({aten.t.default})),
     Pattern("rows-of-linear", _flat_linear, lambda x, flat, w, bias, back: aten.linear.default(x, w, bias), _keeps_rows),
+    Pattern(
+        "product-twice", _doubled,
+        lambda x, table, dim: aten.mul.Tensor(x, aten.cat.default([table, table], 0)), _is_table, key=aten.cat.default,
+    ),
     Pattern("transposed-product", _outer_t, _t_outer, _small_factors),
-)
+)  # fmt: skip
 
 
 def _hoist_tensors(program: Program) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,6 +84,13 @@ def _orders(pattern: Node, node: Node) -> Iterator[dict[str, Any]]:
         yield given | {"self": given["other"], "other": given["self"]}
 
 
+def _agree(pattern: Any, found: Any) -> bool:
+    """True for equal arguments. Numbers agree to 1e-8, since models write their constants with so many digits."""
+    if isinstance(pattern, float) and isinstance(found, (int, float)):
+        return math.isclose(pattern, found, rel_tol=1e-8)
+    return bool(pattern == found) and isinstance(pattern, bool) == isinstance(found, bool)
+
+
 class _Matcher:
     def __init__(self, key: OpOverload):
         self.key, self.failure = key, _Failure()
@@ -109,7 +117,7 @@ class _Matcher:
                 yield from self.sequence(list(zip(pattern, found, strict=True)), state)
             else:
                 self.fail(state, f"expected {len(pattern)} values, found {found}")
-        elif pattern == found and isinstance(pattern, bool) == isinstance(found, bool):
+        elif _agree(pattern, found):
             yield state
         else:
             self.fail(state, f"expected {pattern}, found {found}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcompile.errors import CheckpointError
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import set_tensor
 from qcompile.program import Program
@@ -26,16 +25,6 @@ class ReadParameters(Pass):
             name = node.meta.get("tensor") if node.op == "get_attr" else None
             if name is None or program.tensors[name].device.type != "meta":
                 continue
-            expected = program.tensors[name]
-            tensor = program.ledger.read(name, name)
-            if tensor.shape != expected.shape:
-                raise CheckpointError(
-                    f"tensor '{name}' has the wrong shape",
-                    where=program.source.describe(),
-                    found=list(tensor.shape),
-                    expected=list(expected.shape),
-                    remedy="check that the checkpoint belongs to this architecture",
-                )
-            set_tensor(program, name, tensor.to(expected.dtype))
+            set_tensor(program, name, program.load(name, by=name))
             count += 1
         return count

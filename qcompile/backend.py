@@ -1,4 +1,4 @@
-"""What passes may ask about a target: the layout it wants for a packed weight, and what its linear kernels can take in."""
+"""What passes may ask about a target: the layout it wants for a packed weight, and what its linears can take in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from qcompile.format import Format, Packed
+from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,30 @@ class Layout:
 class Backend(Protocol):
     """A target as the passes see it. `regions` is true when pointwise chains are to become regions."""
 
-    regions: bool
+    @property
+    def regions(self) -> bool: ...
 
     def layout(self, packed: Packed) -> Layout:
         """The layout of one weight for this target; the same weight, value for value."""
         ...
 
-    def join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
-        """Why weights of these (format, N) cannot be one linear node; None when they can."""
+    def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
+        """Why weights of these (format, N) with equal K cannot be one linear; None when they can."""
+        ...
+
+    def join(self, parts: Sequence[Packed]) -> tuple[Packed, ...]:
+        """The parts of one linear that computes with all these weights, one below the other; `may_join` has allowed it."""
         ...
 
     def accuracy(self, format: Format) -> str:
         """The accuracy of a linear whose weight is in `format`: "exact" or "int8"."""
         ...
 
-    def prologue(self, format: Format, op: str) -> str | None:
+    def prologue(self, formats: Sequence[Format], op: str) -> str | None:
         """Why a linear cannot take the norm `op` in; None when it can."""
         ...
 
-    def epilogue(self, format: Format, op: str) -> str | None:
+    def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
         """Why a linear cannot take the step `op` in; None when it can."""
         ...
 
@@ -59,14 +65,56 @@ class ReferenceBackend:
     def layout(self, packed: Packed) -> Layout:
         return Layout(packed)
 
-    def join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
+    def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         return None
+
+    def join(self, parts: Sequence[Packed]) -> tuple[Packed, ...]:
+        return tuple(parts)
 
     def accuracy(self, format: Format) -> str:
         return "exact"
 
-    def prologue(self, format: Format, op: str) -> str | None:
+    def prologue(self, formats: Sequence[Format], op: str) -> str | None:
         return None
 
-    def epilogue(self, format: Format, op: str) -> str | None:
+    def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """CPU kernels: lane layouts where the format has one, joined weights side by side.
+
+    `wanted` is the accuracy asked for: "int8" holds for linears whose weight is a code times a scale in a lane layout.
+    """
+
+    wanted: str = "exact"
+    regions: bool = True
+
+    def layout(self, packed: Packed) -> Layout:
+        found = lanes_for(packed)
+        return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
+
+    def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
+        first = parts[0][0]
+        for format_, _ in parts:
+            if not isinstance(format_, Lanes | LanesDense):
+                return f"a weight of format '{format_.kind}' has no lane layout"
+            if format_ != first:
+                return f"their layouts differ: {first} and {format_}"
+        ragged = [n for _, n in parts[:-1] if n % LANES]
+        return f"{ragged[0]} rows are no multiple of {LANES}" if ragged else None
+
+    def join(self, parts: Sequence[Packed]) -> tuple[Packed, ...]:
+        first = parts[0]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
+        return (Packed(first.format, tensors, sum(part.N for part in parts), first.K),)
+
+    def accuracy(self, format: Format) -> str:
+        return self.wanted if isinstance(format, Lanes) else "exact"
+
+    def prologue(self, formats: Sequence[Format], op: str) -> str | None:
+        return None
+
+    def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
         return None

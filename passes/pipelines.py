@@ -1,0 +1,102 @@
+"""The pipelines: which passes run in which order, and why there; and pipelines as text."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import fields
+from typing import Any, cast
+
+from qcompile.errors import ConfigError, near
+from qcompile.passes.base import Pass
+
+PASSES: dict[str, str] = {
+    "normalise": "qcompile.passes.normalise:Normalise",
+    "quantize": "qcompile.passes.quantize:Quantize",
+    "read-parameters": "qcompile.passes.read_parameters:ReadParameters",
+    "add-kv-cache": "qcompile.passes.add_kv_cache:AddKvCache",
+    "fuse-dequantize": "qcompile.passes.fuse_dequantize:FuseDequantize",
+    "choose-layout": "qcompile.passes.choose_layout:ChooseLayout",
+    "share-subexpressions": "qcompile.passes.share_subexpressions:ShareSubexpressions",
+    "fuse-activation": "qcompile.passes.fuse_activation:FuseActivation",
+    "fuse-rope": "qcompile.passes.fuse_rope:FuseRope",
+    "fuse-norm": "qcompile.passes.fuse_norm:FuseNorm",
+    "merge-linears": "qcompile.passes.merge_linears:MergeLinears",
+    "fuse-epilogue": "qcompile.passes.fuse_epilogue:FuseEpilogue",
+    "fuse-prologue": "qcompile.passes.fuse_prologue:FusePrologue",
+    "fold-constants": "qcompile.passes.fold_constants:FoldConstants",
+    "form-regions": "qcompile.passes.form_regions:FormRegions",
+    "drop-dead-code": "qcompile.passes.drop_dead_code:DropDeadCode",
+    "account-for-weights": "qcompile.passes.account_for_weights:AccountForWeights",
+}
+
+FULL: tuple[str, ...] = (
+    "normalise",  # the other passes look for one form of each thing
+    "quantize",  # while each linear is still a layer of the model, with its path
+    "read-parameters",  # everything below may look at values
+    "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
+    "fuse-dequantize",
+    "choose-layout",  # before merging: only layouts tell which weights can lie side by side
+    "share-subexpressions",  # so that equal inputs of linears are one node, which merging looks for
+    "fuse-activation",  # before constants fold and epilogues look for activations
+    "fuse-norm",  # before constants fold: 1 + weight is an offset of the norm
+    "fuse-rope",
+    "merge-linears",  # before epilogues: a gate is one only when its two halves are one linear
+    "fuse-epilogue",
+    "fuse-prologue",  # after merging: one linear then normalises once, not three
+    "fold-constants",  # what is left of tables and masks
+    "share-subexpressions",
+    "form-regions",  # what no other pass took in
+    "drop-dead-code",
+    "account-for-weights",
+)
+
+CHECKED: tuple[str, ...] = ("normalise", "quantize", "read-parameters", "add-kv-cache", "drop-dead-code", "account-for-weights")
+"""The shortest pipeline that gives a model that runs: nothing is fused, every operator is as the model wrote it."""
+
+_ITEM = re.compile(r"\s*([a-z][a-z-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+def make(name: str, **options: Any) -> Pass:
+    """The pass called `name` with these options; ConfigError for an unknown name or option."""
+    if name not in PASSES:
+        raise ConfigError(f"unknown pass{near(name, PASSES)}", found=repr(name), expected=", ".join(PASSES))
+    module, attribute = PASSES[name].split(":")
+    cls = getattr(importlib.import_module(module), attribute)
+    known = {field.name.replace("_", "-"): field.name for field in fields(cls)}
+    for option in options:
+        if option not in known:
+            expected = ", ".join(known) or "no options"
+            raise ConfigError(f"the pass '{name}' has no option '{option}'{near(option, known)}", expected=expected)
+    return cast(Pass, cls(**{known[option]: value for option, value in options.items()}))
+
+
+def parse_pipeline(text: str) -> tuple[Pass, ...]:
+    """The passes that a text such as "fuse-dequantize,merge-linears{max-members=3}" names; options are whole numbers.
+
+    >>> parse_pipeline("normalise, merge-linears{max-members=3}")
+    (Normalise(), MergeLinears(max_members=3))
+    """
+    passes, at = [], 0
+    while at < len(text.rstrip()):
+        match = _ITEM.match(text, at)
+        if match is None:
+            raise ConfigError("not a pipeline", found=repr(text[at:]), expected="pass,pass{option=number},...")
+        passes.append(make(match[1], **_options(match[1], match[2] or "")))
+        at = match.end()
+    return tuple(passes)
+
+
+def _options(name: str, text: str) -> dict[str, int]:
+    options = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        option, _, value = (part.strip() for part in item.partition("="))
+        if not re.fullmatch(r"-?\d+", value):
+            raise ConfigError(f"an option of the pass '{name}' is no whole number", found=repr(item), expected="option=number")
+        options[option] = int(value)
+    return options
+
+
+def pipeline(names: tuple[str, ...] = FULL) -> tuple[Pass, ...]:
+    """The passes of a pipeline, with their default options."""
+    return tuple(make(name) for name in names)
