@@ -31,6 +31,8 @@ POINTWISE = frozenset(
 )  # fmt: skip
 """Operators that compute every element of their result from the elements at the same place of their operands."""
 
+CHEAP = frozenset({aten.to.dtype, *(getattr(getattr(aten, name), kind) for name in ("add", "mul", "sub") for kind in ("Tensor", "Scalar"))})
+
 
 def is_pointwise(node: Node) -> bool:
     """True for a node that a region may hold: pointwise, on tensors, with one tensor as its result."""
@@ -42,6 +44,26 @@ def _contract(graph: networkx.DiGraph, into: Node, gone: Node) -> None:
     graph.add_edges_from((p, into) for p in graph.predecessors(gone) if p is not into)
     graph.add_edges_from((into, s) for s in graph.successors(gone) if s is not into)
     graph.remove_node(gone)
+
+
+def _absorb(members: dict[Node, list[Node]], home: dict[Node, Node]) -> None:
+    """Cheap operators on smaller shapes join the one region that reads them, and are computed again for every element."""
+    for key in reversed(list(members)):
+        small = members[key]
+        readers = {home[user] for node in small for user in node.users} - {key}
+        if len(readers) != 1 or any(node.target not in CHEAP for node in small):
+            continue
+        region = next(iter(readers))
+        if region not in members or not _broadcasts(shape(key), shape(region)):
+            continue
+        members[region] += members.pop(key)
+        for node in small:
+            home[node] = region
+
+
+def _broadcasts(small: tuple[object, ...], large: tuple[object, ...]) -> bool:
+    aligned = large[len(large) - len(small) :]
+    return len(small) <= len(large) and all(a in (1, b) for a, b in zip(small, aligned, strict=True))
 
 
 def regions(graph: Graph) -> Iterator[list[Node]]:
@@ -69,6 +91,7 @@ def regions(graph: Graph) -> Iterator[list[Node]]:
             members[a] += members.pop(b)
             for member in members[a]:
                 home[member] = a
+    _absorb(members, home)
     order = {node: at for at, node in enumerate(graph.nodes)}
     for found in members.values():
         yield sorted(found, key=order.__getitem__)

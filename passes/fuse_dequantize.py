@@ -30,7 +30,9 @@ def _float_input(match: Match) -> str | None:
     return None if found.is_floating_point else f"the input is {found}"
 
 
-FUSE = Pattern("fuse-dequantize", _find, _replace, _float_input, shared=frozenset({qc.dequantize.default}))
+FUSE = Pattern(
+    "fuse-dequantize", _find, _replace, _float_input, shared=frozenset({qc.dequantize.default}), key=aten.linear.default
+)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _step(linear: Linear) -> _Step | str | None:
     kinds = (*ACTIVATIONS, aten.add.Tensor, aten.mul.Tensor)
     readers = [user for user in y.users if is_call(user, *kinds)]
     if len(y.users) != 1:
-        return f"it has {len(y.users)} readers" if readers else None
+        return f"it has {len(y.users)} readers" if readers and not linear.spec.epilogue else None
     user = next(iter(y.users))
     if not readers:
         return None

@@ -165,7 +165,9 @@ def tensor_node(program: Program, name: str, tensor: torch.Tensor | None = None)
             break
     if first is None:
         top = next(node for node in graph.nodes if node.op != "placeholder")
-        attribute = f"_t{len(program.tensors)}_{''.join(c if c.isalnum() else '_' for c in name)}"
+        attribute = "".join(c if c.isalnum() else "_" for c in name)
+        while hasattr(program.graph, attribute):
+            attribute += "_"
         program.graph.register_buffer(attribute, program.tensors[name])
         with graph.inserting_before(top):
             first = graph.get_attr(attribute)

@@ -128,10 +128,12 @@ class MergeLinears(Pass):
             forget(program, [node for m in group for node in m.stored])
 
     def _slice(self, group: Sequence[Linear], whole: Node) -> None:
-        row, last = 0, whole.meta["val"].dim() - 1
+        row, last, place = 0, whole.meta["val"].dim() - 1, whole.next
         for member in group:
             args = (whole, last, row, row + member.spec.n)
-            substitute(member.node, call(whole.next, aten.slice.Tensor, args, self.name, like=member.node))
+            made = call(place, aten.slice.Tensor, args, self.name, like=member.node)
+            substitute(member.node, made)
+            place = made.next
             row += member.spec.n
 
     def _name(self, program: Program, paths: list[str]) -> str:

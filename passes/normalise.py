@@ -126,7 +126,7 @@ PATTERNS = (
     Pattern("rows-of-linear", _flat_linear, lambda x, flat, w, bias, back: aten.linear.default(x, w, bias), _keeps_rows),
     Pattern(
         "product-twice", _doubled,
-        lambda x, table, dim: aten.mul.Tensor(x, aten.cat.default([table, table], 0)), _is_table, key=aten.cat.default,
+        lambda x, table, dim: aten.mul.Tensor(x, aten.cat.default([table, table], 0)), _is_table,
     ),
     Pattern("transposed-product", _outer_t, _t_outer, _small_factors),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -44,7 +44,8 @@ class Pattern:
     `replace` is called for each match with the values found: nodes as FX proxies, numbers, strings and None as they are.
     `where` may give a reason why a match must be left alone. Nodes inside a match may not be used outside it, unless their
     operator is in `shared`: those stay for their other users.
-    `key` is the operator that makes a failed attempt worth a refusal: the root's by default.
+    `key` is the operator that makes a failed attempt worth a refusal, once it is among the nodes that agree; without a key
+    only what `where` says, and values used elsewhere, are refusals.
     """
 
     name: str
@@ -62,7 +63,6 @@ class _Failure:
     depth: int = 0
     key_met: bool = False
     reason: str = ""
-    met: list[Any] = field(default_factory=list)
 
 
 _State = dict[Node, Any]
@@ -92,7 +92,7 @@ def _agree(pattern: Any, found: Any) -> bool:
 
 
 class _Matcher:
-    def __init__(self, key: OpOverload):
+    def __init__(self, key: OpOverload | None):
         self.key, self.failure = key, _Failure()
 
     def fail(self, state: _State, reason: str) -> None:
@@ -145,7 +145,7 @@ def match(pattern: Pattern, node: Node) -> Match | str | None:
     graph, root = _traced(pattern.find)
     if not is_call(node, root.target):
         return None
-    matcher = _Matcher(pattern.key or root.target)
+    matcher = _Matcher(pattern.key)
     reason = ""
     for state in matcher.node(root, node, {}):
         values = {str(p.target): state.get(p) for p in graph.nodes if p.op == "placeholder"}

@@ -89,8 +89,8 @@ class Report:
     def update_weight(self, path: str, **changes: Any) -> None:
         """Changes fields of a module's row; `reason` is appended to what is there."""
         row = self.weights[path]
-        if row.reason and changes.get("reason"):
-            changes["reason"] = f"{row.reason}; {changes['reason']}"
+        if row.reason and "reason" in changes:
+            changes["reason"] = "; ".join(filter(None, (row.reason, changes["reason"])))
         self.weights[path] = replace(row, **changes)
 
     def note(self, text: str) -> None:
