@@ -35,12 +35,12 @@ def lower(
     ATen: that is a fallback in the report, and a LoweringError under `strict`.
     """
     ctx = Context(program, target, accuracy, copier)
-    _name_sizes(program, ctx)
+    _placeholders(program, ctx)
     for node in program.graph.graph.nodes:
         ctx.node = node
         if node.op == "placeholder":
-            _placeholder(node, ctx)
-        elif node.op == "get_attr":
+            continue
+        if node.op == "get_attr":
             _tensor(node, ctx)
         elif node.op == "output":
             ctx.node = None
@@ -49,7 +49,8 @@ def lower(
             ctx.values[node] = node.meta["val"]
         else:
             _operation(node, ctx, rule_for, strict)
-    used = {view.buffer for step in ctx.steps for v in step.variants for call in v.calls for view in call.args}
+    calls = [call for step in ctx.steps for variant in step.variants for call in variant.calls]
+    used = {view.buffer for call in calls for view in call.args}
     used |= {port.view.buffer for port in (*ctx.inputs, *ctx.outputs)}
     used |= {name for name, buffer in ctx.buffers.items() if buffer.kind == "state"}
     executable = Executable(
@@ -57,30 +58,25 @@ def lower(
         inputs=tuple(ctx.inputs),
         outputs=tuple(ctx.outputs),
         steps=tuple(ctx.steps),
-        kernels=ctx.kernels,
+        kernels={name: spec for name, spec in ctx.kernels.items() if any(call.kernel == name for call in calls)},
     )
     return executable, {name: tensor for name, tensor in ctx.weights.items() if name in used}
 
 
-def _name_sizes(program: Program, ctx: Context) -> None:
-    placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
-    shapes = [item.shape for item in (*program.inputs, *program.states.values())]
-    for node, shape in zip(placeholders, shapes, strict=True):
-        for name, value in zip(shape, node.meta["val"].shape, strict=True):
-            expr = size(value)
-            if isinstance(name, str) and isinstance(expr, sympy.Symbol):
-                ctx.names[expr] = name
-
-
-def _placeholder(node: Node, ctx: Context) -> None:
-    value = node.meta["val"]
-    states = list(ctx.program.states)
-    kind = "state" if node.name in states or node.target in states else "input"
-    name = str(node.target)
-    ctx.values[node] = Strided.contiguous_in(name, NAMES[value.dtype], value.shape)
-    ctx.buffers[name] = Buffer(name, NAMES[value.dtype], ctx.shape(node), kind)  # type: ignore[arg-type]
-    if kind == "input":
-        ctx.inputs.append(Port(name, ctx.view(node), NAMES[value.dtype]))
+def _placeholders(program: Program, ctx: Context) -> None:
+    """Inputs and states get buffers of their names; the symbols in their shapes get the names of the sizes."""
+    nodes = program.graph.graph.find_nodes(op="placeholder")
+    ports = (*program.inputs, *program.states.values())
+    for node, port in zip(nodes, ports, strict=True):
+        for name, value in zip(port.shape, node.meta["val"].shape, strict=True):
+            if isinstance(name, str) and isinstance(size(value), sympy.Symbol):
+                ctx.names[size(value)] = name
+    for node, port in zip(nodes, ports, strict=True):
+        is_state = port.name in program.states
+        ctx.values[node] = Strided.contiguous_in(port.name, port.dtype, node.meta["val"].shape)
+        ctx.buffers[port.name] = Buffer(port.name, port.dtype, ctx.shape(node), "state" if is_state else "input")
+        if not is_state:
+            ctx.inputs.append(Port(port.name, ctx.view(node), port.dtype))
 
 
 def _tensor(node: Node, ctx: Context) -> None:
@@ -106,6 +102,9 @@ def _operation(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None]
     except Refuse as refusal:
         reason = str(refusal)
     del ctx.steps[before:]
+    if node.op == "call_module":
+        _inline(node, ctx, rule_for, strict)
+        return
     if strict:
         raise LoweringError(
             f"no kernel for {node.target}",
@@ -115,6 +114,21 @@ def _operation(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None]
         )
     ctx.program.report.fallback(node, reason)
     _aten(node, ctx)
+
+
+def _inline(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None], strict: bool) -> None:
+    """A region that its rule refused, one operation after another."""
+    region = ctx.program.graph.get_submodule(str(node.target)).graph
+    for inner, outer in zip(region.find_nodes(op="placeholder"), node.args, strict=True):
+        ctx.values[inner] = ctx.values[outer]
+    for inner in region.nodes:
+        if inner.op == "call_function":
+            ctx.node = inner
+            _operation(inner, ctx, rule_for, strict)
+    results = region.output_node().args[0]
+    several = isinstance(results, (list, tuple))
+    ctx.values[node] = tuple(ctx.values[item] for item in results) if several else ctx.values[results]
+    ctx.node = node
 
 
 def _kernels(step: Any) -> list[str]:
