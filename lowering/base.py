@@ -93,6 +93,16 @@ class Context:
         self.values[node] = self._allocate(node.name, dtype or NAMES[value.dtype], value.shape)
         return self.view(node)
 
+    def output_in_order(self, node: Node, order: Sequence[int]) -> View:
+        """Allocates `node`'s buffer with its dimensions in another order, and returns the contiguous view of it.
+
+        `node`'s value becomes the view that puts them back: [B, H, S, D] computed as [B, S, H, D] is order (0, 2, 1, 3).
+        """
+        value = node.meta["val"]
+        made = self._allocate(node.name, NAMES[value.dtype], [value.shape[axis] for axis in order])
+        self.values[node] = made.permute([list(order).index(axis) for axis in range(len(order))])
+        return self.view(made)
+
     def outputs_of(self, node: Node) -> list[View]:
         """Like `output`, for a node whose value is a tuple of tensors."""
         made = [self._allocate(node.name, NAMES[item.dtype], item.shape) for item in node.meta["val"]]

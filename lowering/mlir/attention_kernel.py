@@ -1,4 +1,4 @@
-"""Attention in blocks with a running softmax, and the sum of its parts when one query's keys are split over threads.
+"""Attention in blocks with a running softmax; a part of the keys at a time where few queries meet many keys.
 
 Threads take turns over (batch, key head, block of queries, part of the keys). Inside, the rows are queries x the heads
 that share a key head; keys come 64 or fewer at a time, transposed so that 16 scores are one vector. How work is cut
@@ -17,7 +17,7 @@ from qcompile.lowering.mlir.text import Text, Value
 from qcompile.lowering.mlir.vecmath import exp, tanh
 from qcompile.target import Target
 
-TEMPLATE, COMBINE = "attention", "attention-combine"
+TEMPLATE = "attention"
 LOWEST = -3.4028234663852886e38
 
 
@@ -127,11 +127,12 @@ class _Writer:
         """One block of queries from `query` on against its range of keys."""
         t, what = self.t, self.what
         last = (query + (what.queries - 1)).least(self.dim["s"] - 1)
-        self._read_queries(batch, head, query)
+        there = ((last + 1 - query) * what.group + (self.tile - 1)) // self.tile * self.tile
+        self._read_queries(batch, head, query, there)
         zero, lowest = t.constant(0.0, self.type), t.constant(LOWEST, "f32")
-        with t.loop(0, self.rows * self.width, self.lanes) as i:
+        with t.loop(0, there * self.width, self.lanes) as i:
             t.store(zero, self.sum.at(i, "f32"))
-        with t.loop(0, self.rows) as r:
+        with t.loop(0, there) as r:
             t.store(lowest, self.most.at(r, "f32"))
             t.store(t.constant(0.0, "f32"), self.share.at(r, "f32"))
         first = t.load(self.arg["start"].at(batch, "i64"), "i64").most(0) if what.cached else t.constant(0, "i64")
@@ -144,7 +145,7 @@ class _Writer:
             low, high = low.most(part * what.split), high.least((part + 1) * what.split)
         with t.loop(low // what.keys * what.keys, high, what.keys) as key:
             self._transpose_keys(batch, head, key, keys)
-            with t.loop(0, self.rows, self.tile) as row:
+            with t.loop(0, there, self.tile) as row:
                 self._scores(row)
                 self._shares(batch, head, query, row, key, past, first, keys)
                 self._values(batch, head, row, key, (keys - key).least(what.keys))
@@ -158,10 +159,10 @@ class _Writer:
     def _offset(self, tensor: str, batch: Value, head: Value, position: Value) -> Value:
         return batch * self.dim[f"{tensor}_b"] + head * self.dim[f"{tensor}_h"] + position * self.dim[f"{tensor}_s"]
 
-    def _read_queries(self, batch: Value, head: Value, query: Value) -> None:
+    def _read_queries(self, batch: Value, head: Value, query: Value, there: Value) -> None:
         """[q] = rope(q) * scale."""
         t, what = self.t, self.what
-        with t.loop(0, self.rows) as row:
+        with t.loop(0, there) as row:
             position, g = self._place(row, query)
             source = self._offset("q", batch, head * what.group + g, position)
             turns = None
@@ -352,43 +353,6 @@ def transpose(t: Text, rows: Sequence[Value]) -> list[Value]:
             tile[i], tile[i + step] = t.shuffle(a, b, low), t.shuffle(a, b, high)
         step //= 2
     return tile
-
-
-def emit_combine(params: dict[str, Any], target: Target) -> str:
-    """Text of the kernel that joins parts. params: heads, dv, split, sinks, y. args: parts f32 [B, S, H, parts, dv + 2],
-    past, (sinks), y [B, S, H, dv]. dims: b, s, t, parts."""
-    heads, dv, sinks = params["heads"], params["dv"], params["sinks"]
-    t = Text(COMBINE.replace("-", "_"), f"y = sum of parts weighted by exp(most of the part - most), rows shared. {params}")
-    lanes = target.lanes
-    source, past = t.arg(0), t.load(t.arg(1), "i64")
-    logits, y = (t.arg(2), t.arg(3)) if sinks else (None, t.arg(2))
-    keys = (past + t.dim(1)).least(t.dim(2))
-    capacity, count = t.dim(3), (keys + (params["split"] - 1)) // params["split"]
-    first, end = t.share(t.dim(0) * t.dim(1) * heads)
-    with t.loop(first, end) as row:
-        assert isinstance(row, Value)
-        base = row * capacity * (dv + 2)
-        with t.loop(0, count, carry=[t.constant(LOWEST, "f32")]) as loop:
-            loop.carry([loop.values[0].most(load(t, source, base + loop.index * (dv + 2) + dv, "f32"))])
-        most = loop.results[0]
-        starts = list(range(0, dv, lanes))
-        masks = [
-            None if dv - at >= lanes else t.constants([int(at + i < dv) for i in range(lanes)], "i1") for at in starts
-        ]
-        zero = t.constant(0.0, f"vector<{lanes}xf32>")
-        with t.loop(0, count, carry=[t.constant(0.0, "f32"), *[zero] * len(starts)]) as loop:
-            part = base + loop.index * (dv + 2)
-            weight = exp(load(t, source, part + dv, "f32") - most)
-            wide = t.broadcast(weight, lanes)
-            share = t.fma(weight, load(t, source, part + (dv + 1), "f32"), loop.values[0])
-            loop.carry([share, *(
-                t.fma(wide, load(t, source, part + at, "f32", lanes, mask), total)
-                for at, mask, total in zip(starts, masks, loop.values[1:], strict=True)
-            )])  # fmt: skip
-        scale = t.broadcast(final_factor(t, most, loop.results[0], logits, row % heads, sinks), lanes)
-        for at, mask, total in zip(starts, masks, loop.results[1:], strict=True):
-            store(t, total * scale, y, row * dv + at, params["y"], mask)
-    return t.finish()
 
 
 def _about(what: Attention) -> str:

@@ -1,4 +1,4 @@
-"""Rotary embedding: of one row inside other kernels, as a kernel of its own, and on the way into the key-value cache."""
+"""Rotary embedding: of one row inside other kernels, and as a kernel of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qcompile.lowering.mlir.memory import load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
-TEMPLATE, WRITE = "rope", "cache-write"
+TEMPLATE = "rope"
 Place = tuple[Value, Value, str]  # pointer, index of the first element, dtype
 
 
@@ -53,32 +53,4 @@ def emit(params: dict[str, Any], target: Target) -> str:
         at = batch * strides[0] + head * strides[1] + position * strides[2]
         turns = (cos, sin, batch * strides[3] + position * strides[4], params["turn"])
         turn_row(t, target.lanes, d, params["width"], (x, at, params["x"]), (y, row * d, params["y"]), turns)
-    return t.finish()
-
-
-def emit_write(params: dict[str, Any], target: Target) -> str:
-    """Text of the kernel that puts new keys (turned) and values into the cache; slots at or behind t are left alone.
-
-    params: heads, d, dv, width, k, v, turn, k_cache, v_cache. args: k, v, (cos, sin,) k_cache, v_cache, past.
-    dims: b, s, t (the capacity), strides of k (b, h, s) and v (b, h, s), with width of cos and sin (b, s).
-    """
-    t = Text(WRITE.replace("-", "_"), f"cache[b, h, past + i] = rope(k)[b, h, i], v; rows shared by the threads. {params}")
-    heads, width = params["heads"], params["width"]
-    names = ["k", "v", *(["cos", "sin"] if width else []), "k_cache", "v_cache", "past"]
-    args = {name: t.arg(i) for i, name in enumerate(names)}
-    b, s, capacity, *strides = (t.dim(i) for i in range(11 if width else 9))
-    past = t.load(args["past"], "i64")
-    first, end = t.share(b * heads * s)
-    with t.loop(first, end) as row:
-        assert isinstance(row, Value)
-        position, head, batch = row % s, row // s % heads, row // s // heads
-        with t.when(past + position < capacity):
-            slot = (batch * heads + head) * capacity + past + position
-            turns = None
-            if width:
-                turns = (args["cos"], args["sin"], batch * strides[6] + position * strides[7], params["turn"])
-            for name, size, turned, steps in (("k", params["d"], width, strides[:3]), ("v", params["dv"], 0, strides[3:6])):
-                at = batch * steps[0] + head * steps[1] + position * steps[2]
-                cache = (args[f"{name}_cache"], slot * size, params[f"{name}_cache"])
-                turn_row(t, target.lanes, size, turned, (args[name], at, params[name]), cache, turns if turned else None)
     return t.finish()

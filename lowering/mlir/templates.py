@@ -10,9 +10,16 @@ from qcompile.target import Target
 
 TEMPLATES: dict[str, str] = {
     "activation-int8": "activation_int8",
+    "attention": "attention_kernel",
+    "attention-combine": "attention_combine",
+    "cache-write": "cache_write",
+    "gather": "gather",
     "linear-gemv": "linear_gemv",
+    "linear-int8-gemm": "linear_int8_gemm",
     "linear-int8-gemv": "linear_int8_gemv",
     "pointwise": "pointwise",
+    "reduce": "reduce",
+    "rope": "rope",
     "row-norm": "norm",
 }
 

@@ -1,0 +1,43 @@
+"""The kernel that puts the keys (turned) and values of new positions into the key-value cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompile.lowering.mlir.rope import turn_row
+from qcompile.lowering.mlir.text import Text, Value
+from qcompile.target import Target
+
+TEMPLATE = "cache-write"
+
+
+def emit(params: dict[str, Any], target: Target) -> str:
+    """Text of the kernel. Slots at or behind the capacity t are left alone.
+
+    params: heads, d, dv, width (columns of k that are turned), and dtypes k, v, turn, k_cache, v_cache.
+    args: k, v, (cos, sin with width,) k_cache [B, heads, t, d], v_cache [B, heads, t, dv], past i64 [1].
+    dims: b, s, t, strides of k (b, h, s) and of v (b, h, s), with width those of cos and sin (b, s).
+    """
+    t = Text(TEMPLATE.replace("-", "_"), f"cache[b, h, past + i] = rope(k)[b, h, i], v; rows shared by the threads. {params}")
+    heads, width = params["heads"], params["width"]
+    names = ["k", "v", *(["cos", "sin"] if width else []), "k_cache", "v_cache", "past"]
+    args = {name: t.arg(i) for i, name in enumerate(names)}
+    b, s, capacity, *strides = (t.dim(i) for i in range(11 if width else 9))
+    past = t.load(args["past"], "i64")
+    first, end = t.share(b * heads * s)
+    with t.loop(first, end) as row:
+        assert isinstance(row, Value)
+        position, head, batch = row % s, row // s % heads, row // s // heads
+        with t.when(past + position < capacity):
+            slot = (batch * heads + head) * capacity + past + position
+            turns = None
+            if width:
+                turns = (args["cos"], args["sin"], batch * strides[6] + position * strides[7], params["turn"])
+            for name, size, turned, steps in (
+                ("k", params["d"], width, strides[:3]),
+                ("v", params["dv"], 0, strides[3:6]),
+            ):
+                source = batch * steps[0] + head * steps[1] + position * steps[2]
+                cache = (args[f"{name}_cache"], slot * size, params[f"{name}_cache"])
+                turn_row(t, target.lanes, size, turned, (args[name], source, params[name]), cache, turns if turned else None)
+    return t.finish()
