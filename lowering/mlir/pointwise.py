@@ -11,9 +11,9 @@ from qcompile.dims import Dim, evaluate, names, times
 from qcompile.dtypes import DTYPES
 from qcompile.errors import InternalError
 from qcompile.lowering.base import Context, Refuse
-from qcompile.lowering.mlir.memory import FLOATS, convert, gather, load, scatter, store, tiles
+from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, gather, load, scatter, store, tiles
 from qcompile.lowering.mlir.scalar_ops import OPS
-from qcompile.lowering.mlir.text import Text, Value
+from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.target import Target
 
 TEMPLATE = "pointwise"
@@ -36,7 +36,9 @@ def call(
     """The call that computes `ops` on every element; `inputs` are broadcast to the shape that all `outputs` have.
 
     An op is [name, dtype, [operand...]]: an operand is the number of a value (inputs first, then ops) or
-    {"number": x}; `dtype` is that of the result ("to" converts to it). `results[i]` is the value that outputs[i] gets.
+    {"number": x}; `dtype` is that of the result. Names are those of scalar_ops.OPS, which compute in f32 and integers,
+    and "to" (convert to any dtype), "full" (a number) and "index" (the place in a result of one dimension).
+    `results[i]` is the value that outputs[i] gets.
     """
     shape = outputs[0].view.shape
     every = [_broadcast(item.view, shape) for item in (*inputs, *outputs)]
@@ -165,7 +167,7 @@ def _body(
         values.append(value)
         dtypes.append(dtype)
     for name, dtype, refs in params["ops"]:
-        values.append(_apply(t, name, dtype, refs, values, dtypes, lanes))
+        values.append(_apply(t, name, dtype, refs, values, dtypes, numbers))
         dtypes.append(dtype)
     for i, (dtype, _form, result) in enumerate(params["outputs"], len(params["inputs"])):
         step = inner[i]
@@ -176,25 +178,20 @@ def _body(
 
 
 def _apply(
-    t: Text, name: str, dtype: str, refs: list[Any], values: list[Value], dtypes: list[str], lanes: int
+    t: Text, name: str, dtype: str, refs: list[Any], values: list[Value], dtypes: list[str], place: Value
 ) -> Value:  # fmt: skip
-    """One operation; results in f16 and bf16 are rounded, as an operator of that dtype would round them."""
+    """One operation; `place` are the places of the lanes along the innermost dimension."""
+    if name == "index":
+        return place
     if name == "to":
         return convert(t, values[refs[0]], dtypes[refs[0]], dtype)
     kinds = [dtypes[ref] for ref in refs if isinstance(ref, int)]
-    kind = dtype if name == "where" else kinds[0]
-    args = [
-        values[ref] if isinstance(ref, int) else t.constant(ref["number"], _register(kind, lanes)) for ref in refs
-    ]
-    value = OPS[name](t, kind, *args)
-    return convert(t, value, "f32", dtype) if dtype in FLOATS else value
-
-
-def _register(dtype: str, lanes: int) -> str:
-    from qcompile.lowering.mlir.memory import ELEMENTS
-    from qcompile.lowering.mlir.text import vector
-
-    return vector(lanes, ELEMENTS[dtype][1])
+    kind = dtype if name in ("where", "full") else kinds[0]
+    type = vector(place.count, ELEMENTS[kind][1])
+    args = [values[ref] if isinstance(ref, int) else t.constant(float(ref["number"]), type) for ref in refs]
+    if name == "full":
+        return convert(t, args[0], "f32", dtype) if dtype in FLOATS else args[0]
+    return OPS[name](t, kind, *args)
 
 
 def _unravel(row: Value, sizes: list[Value]) -> list[Value]:

@@ -1,0 +1,38 @@
+"""Lowering of what only moves data: aten.cat and aten.stack copy their parts into windows of the result."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.symbolic import Strided, size
+
+
+def lower_cat(node: Node, ctx: Context) -> None:
+    """One step of copies, which do not depend on each other."""
+    parts = [part for part in node.args[0] if len(part.meta["val"].shape) > 1 or part.meta["val"].numel() != 0]
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    ctx.output(node)
+    target = ctx.strided(node)
+    axis %= len(target.shape)
+    start = size(0)
+    for part in parts:
+        source = ctx.strided(part)
+        window = target.slice(axis, start, source.shape[axis])
+        _copy(ctx, source, window)
+        start = start + source.shape[axis]
+
+
+def lower_stack(node: Node, ctx: Context) -> None:
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    ctx.output(node)
+    target = ctx.strided(node)
+    for i, part in enumerate(node.args[0]):
+        _copy(ctx, ctx.strided(part), target.select(axis % len(target.shape), i))
+
+
+def _copy(ctx: Context, source: Strided, window: Strided) -> None:
+    for item in (source, window):
+        if item.dtype.startswith("f8"):
+            raise Refuse(f"no copy kernel for elements of dtype {item.dtype}")
+    ctx.emit(ctx.copy(source, window))
