@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -53,12 +53,7 @@ class Reader:
         args = [self(arg) for arg in expr.args]
         match expr.op:
             case "bits":
-                word, shift = args[0], args[1].to(args[0].dtype)
-                word = word if expr.args[1].attr == 0 else word >> shift
-                if expr.attr == 32 and expr.args[1].attr == 0:
-                    return word
-                # A mask also clears the copies of the sign that an arithmetic shift brings in, unless it would reach them.
-                return word & ((1 << expr.attr) - 1) if expr.attr < 32 else word & (((1 << 32) - 1) >> shift.long()).to(word.dtype)
+                return _bits(args[0].to(torch.int32), args[1].to(torch.int32), expr.attr)
             case "cat":
                 out, at = args[0], expr.attr[0]
                 for part, width in zip(args[1:], expr.attr[1:], strict=True):
@@ -89,9 +84,20 @@ class Reader:
 
     def divide(self, expr: Expr, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         divisor = expr.args[1].attr if expr.args[1].op == "const" else 0
-        if divisor > 0 and divisor & (divisor - 1) == 0:  # a shift or a mask is many times faster and equal, also below zero
+        if divisor > 0 and divisor & (divisor - 1) == 0:  # a shift or a mask is much faster, and equal below zero too
             return left >> (divisor.bit_length() - 1) if expr.op == "div" else left & (divisor - 1)
         return torch.div(left, right, rounding_mode="floor") if expr.op == "div" else torch.remainder(left, right)
+
+
+def _bits(word: torch.Tensor, shift: torch.Tensor, width: int) -> torch.Tensor:
+    last = int(shift.max())
+    if last:
+        word = torch.bitwise_right_shift(word, shift)
+    if last + width <= 32:
+        return word if width == 32 else word & ((1 << width) - 1)
+    # torch shifts signed words in copies of the sign; a logical shift brings in zeros.
+    low = torch.bitwise_right_shift(torch.full_like(shift, 0xFFFFFFFF, dtype=torch.int64), shift)
+    return word & (low & ((1 << width) - 1)).to(torch.int32)
 
 
 def dequantize(
@@ -105,7 +111,13 @@ def dequantize(
     rows = torch.arange(N, device=device) if rows is None else rows.to(device=device, dtype=torch.int64)
     value, columns = simplify(format.weight(N, K), coordinates(N, K)), torch.arange(K, device=device)
     out = torch.empty(len(rows), K, dtype=torch.float32, device=device)
-    step = max(1, CHUNK // max(K, 1))
-    for at in range(0, len(rows), step):
-        out[at : at + step] = Reader(tensors, rows[at : at + step], columns)(value)
+    for at in row_chunks(len(rows), K):
+        out[at[0] : at[-1] + 1] = Reader(tensors, rows[at[0] : at[-1] + 1], columns)(value)
     return out
+
+
+def row_chunks(N: int, K: int) -> Iterator[torch.Tensor]:
+    """The rows 0..N-1 (i64) in runs of about CHUNK weights [rows, K]."""
+    step = max(1, CHUNK // max(K, 1))
+    for first in range(0, N, step):
+        yield torch.arange(first, min(N, first + step))

@@ -7,8 +7,8 @@
     cat lo,hi,...      bit fields, lowest first        bitcast d,a     the same bits in dtype d
     table t,i          a constant table's entry        field name,a    `a`, known to the packer by name
 
-Integers are i32 everywhere (they wrap); narrow integers exist in stored tensors only and are widened by `load`. An index
-must be in range in both arms of `where`. Equal expressions are one object, so a graph of nodes shares its parts.
+Integers are i32 everywhere (they wrap); narrow integers exist in stored tensors only and are widened by `load`. An
+index must be in range in both arms of `where`. Equal expressions are one object, so a graph of nodes shares its parts.
 
 >>> print(cast("f32", bits(load("qweight", "i32", (512, 64), k // 8, n), k % 8 * 4, 4)))
 cast(f32, bits(qweight[k // 8, n], (k % 8) * 4, 4))
@@ -35,8 +35,8 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "//", "mod": "%", "lt": "<"
 class Expr:
     """One node. `op` is a kind of the table above, `dtype` the value's dtype, `args` its operands.
 
-    `attr` is what is not an operand: const: the number; var: the name; load: (tensor, stored dtype, stored shape); bits: the width;
-    cat: the widths, lowest first; table: the entries; field: the name; None for the rest.
+    `attr` is what is not an operand: const: the number; var: the name; load: (tensor, stored dtype, stored shape);
+    bits: the width; cat: the widths, lowest first; table: the entries; bitcast: the dtype read; field: the name.
     """
 
     op: str
@@ -175,7 +175,7 @@ def rebuild(expr: Expr, args: tuple[Expr, ...]) -> Expr:
 
 
 def rewrite(expr: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:
-    """`expr` with every node for which `leaf` returns a node replaced by it (outermost first; not looked into again)."""
+    """`expr` with every node for which `leaf` returns a node replaced by it, outermost first, and not looked into."""
     done: dict[Expr, Expr] = {}
 
     def go(node: Expr) -> Expr:
@@ -246,8 +246,10 @@ def _text(expr: Expr) -> str:
         case "bitcast":
             return f"bitcast({expr.attr}, {args[0]})"
         case "field":
-            return f"{expr.attr}={args[0]}" if expr.args[0].op in ("const", "load", "bits") else f"{expr.attr}=({args[0]})"
+            return f"{expr.attr}={args[0]}" if expr.args[0].op not in _SIGNS else f"{expr.attr}=({args[0]})"
         case "where" | "cat":
             return f"{expr.op}({', '.join(args)})"
-    inner = [f"({a})" if arg.op in _SIGNS and not (expr.op == "add" and arg.op == "mul") else a for a, arg in zip(args, expr.args, strict=True)]
-    return f"{inner[0]} {_SIGNS[expr.op]} {inner[1]}"
+    for i, arg in enumerate(expr.args):
+        if arg.op in _SIGNS and not (expr.op == "add" and arg.op == "mul"):
+            args[i] = f"({args[i]})"
+    return f"{args[0]} {_SIGNS[expr.op]} {args[1]}"

@@ -72,9 +72,9 @@ class Names(types.SimpleNamespace):
 
 
 class Format:
-    """A way to store a weight W [N, K] (N outputs, K inputs). Subclasses are frozen dataclasses whose fields are its parameters.
+    """A way to store a weight W [N, K] (N outputs, K inputs): a frozen dataclass whose fields are its parameters.
 
-    A subclass says three things: `stored`, `fields` and `value`; reading, packing, conversion, kernels and sizes follow from them.
+    A format says three things: `stored`, `fields` and `value`; reading, packing, conversion, kernels and sizes follow.
     Parameters are ints, floats, bools, strings, None and tuples of them, so a format is JSON.
     """
 
@@ -85,9 +85,10 @@ class Format:
         raise NotImplementedError
 
     def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
-        """Where each field of W[n, k] lies: `t.<name>[i, j]` loads; addresses and bits only, so that the packer can invert it.
+        """Where each field of W[n, k] lies: `t.<name>[i, j]` loads.
 
-        A stored index that other addresses use (GPTQ's g_idx) is a field too.
+        Addresses and bits only, so that the packer can walk them backwards; `bits(x + constant, ...)` is
+        allowed. A stored index that other addresses use (GPTQ's g_idx) is a field too.
         """
         raise NotImplementedError
 
@@ -133,12 +134,12 @@ def format_class(kind: str) -> type[Format]:
     module, name = FORMATS[kind].split(":")
     found: type[Format] = getattr(importlib.import_module(module), name)
     if found.kind != kind:
-        raise InternalError("the format table names the wrong class", found=f"{name}.kind = {found.kind!r}", expected=kind)
+        raise InternalError("the format table names the wrong class", found=f"kind {found.kind!r}", expected=kind)
     return found
 
 
 def format_from_json(data: Mapping[str, Any]) -> Format:
-    """The format that `to_json` described; ArtifactError for an unknown kind, or a missing, unknown or mistyped parameter.
+    """The format that `to_json` described; ArtifactError for an unknown kind, or an unknown or mistyped parameter.
 
     >>> format_from_json({"kind": "dense", "dtype": "f16"})
     Dense(dtype='f16')
@@ -151,15 +152,14 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
         if name == "kind":
             continue
         if name not in known:
-            raise ArtifactError(f"format '{cls.kind}' has no parameter '{name}'{near(name, known)}", expected=", ".join(known))
+            hint = near(name, known)
+            raise ArtifactError(f"format '{cls.kind}' has no parameter '{name}'{hint}", expected=", ".join(known))
         value = tuple(value) if isinstance(value, list) else value
         if not _fits(value, hints[name]):
-            raise ArtifactError(f"format '{cls.kind}' has a wrong '{name}'", found=repr(value), expected=str(known[name].type))
+            expected = str(known[name].type)
+            raise ArtifactError(f"format '{cls.kind}' has a wrong '{name}'", found=repr(value), expected=expected)
         values[name] = value
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ArtifactError(f"format '{cls.kind}' lacks a parameter", found=str(error), expected=", ".join(known)) from None
+    return cls(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -187,17 +187,26 @@ class Packed:
         for problem in self.format.check(self.N, self.K):
             raise CheckpointError(
                 f"format '{self.format.kind}' cannot hold a weight [{self.N}, {self.K}]",
-                where=where, found=problem.found, expected=problem.expected, remedy=problem.remedy,
+                where=where,
+                found=problem.found,
+                expected=problem.expected,
+                remedy=problem.remedy,
             )
         stored = {s.name: s for s in self.format.stored(self.N, self.K)}
         if stored.keys() != self.tensors.keys():
             raise CheckpointError(
-                "the stored tensors are not those of the format", where=where, found=", ".join(sorted(self.tensors)), expected=", ".join(sorted(stored))
+                f"the stored tensors are not those of format '{self.format.kind}'",
+                where=where,
+                found=", ".join(sorted(self.tensors)),
+                expected=", ".join(sorted(stored)),
             )
         for name, s in stored.items():
             tensor = self.tensors[name]
             found = f"{NAMES.get(tensor.dtype, str(tensor.dtype))} {list(tensor.shape)}"
             if tensor.dtype != DTYPES[s.dtype] or tuple(tensor.shape) != s.shape:
                 raise CheckpointError(
-                    f"stored tensor '{name}' has the wrong dtype or shape", where=where, found=found, expected=f"{s.dtype} {list(s.shape)}"
+                    f"stored tensor '{name}' has the wrong dtype or shape",
+                    where=where,
+                    found=found,
+                    expected=f"{s.dtype} {list(s.shape)}",
                 )

@@ -10,7 +10,7 @@ import torch
 
 from qcompile.dtypes import DTYPES, itemsize
 from qcompile.errors import ConfigError, InternalError
-from qcompile.evaluate import CHUNK, Reader, dequantize
+from qcompile.evaluate import Reader, dequantize, row_chunks
 from qcompile.expr import FLOATS, Expr, const, walk
 from qcompile.format import Format, Names, Stored
 from qcompile.formats.affine import Affine
@@ -24,7 +24,7 @@ def unpack(format: Format, tensors: Tensors, N: int, K: int) -> dict[str, torch.
     parts: dict[str, list[torch.Tensor]] = {}
     simple = Simplifier(coordinates(N, K))
     located = {name: simple(expr) for name, expr in format.located(N, K).items()}
-    for rows in _chunks(N, K):
+    for rows in row_chunks(N, K):
         reader = Reader(tensors, rows, torch.arange(K))
         for name, expr in located.items():
             parts.setdefault(name, []).append(reader(expr).expand(len(rows), K))
@@ -32,16 +32,19 @@ def unpack(format: Format, tensors: Tensors, N: int, K: int) -> dict[str, torch.
 
 
 def pack(format: Format, fields: Tensors, N: int, K: int) -> dict[str, torch.Tensor]:
-    """The stored tensors that hold these fields, each a tensor that broadcasts to [N, K]; bits that hold no field are 0.
+    """The stored tensors that hold these fields, each broadcast to [N, K]; bits that hold no field are 0.
 
-    Floats are rounded to the stored dtype. ConfigError when a field does not fit: an integer out of range, or two values
-    where the format keeps one for a whole group.
+    Floats are rounded to the stored dtype. ConfigError when a field does not fit: an integer out of range, or two
+    values where the format keeps one for a whole group.
     """
     for problem in format.check(N, K):
-        raise ConfigError(f"format '{format.kind}' cannot hold a weight [{N}, {K}]", found=problem.found, expected=problem.expected)
+        raise ConfigError(
+            f"format '{format.kind}' cannot hold a weight [{N}, {K}]", found=problem.found, expected=problem.expected
+        )
     located = format.located(N, K)
     if fields.keys() != located.keys():
-        raise ConfigError(f"format '{format.kind}' has other fields", found=", ".join(fields), expected=", ".join(located))
+        have, want = ", ".join(sorted(fields)), ", ".join(sorted(located))
+        raise ConfigError(f"format '{format.kind}' has other fields", found=have, expected=want)
     stored = {s.name: s for s in format.stored(N, K)}
     simple = Simplifier(coordinates(N, K))
     pieces = [piece for name, expr in located.items() for piece in _pieces(name, expr, stored, simple)]
@@ -50,7 +53,8 @@ def pack(format: Format, fields: Tensors, N: int, K: int) -> dict[str, torch.Ten
     while missing := [s for s in stored.values() if s.name not in done]:
         ready = [s for s in missing if all(piece.needs <= done.keys() for piece in pieces if piece.tensor is s)]
         if not ready:
-            raise InternalError(f"the addresses of format '{format.kind}' form a circle", found=", ".join(s.name for s in missing))
+            names = ", ".join(s.name for s in missing)
+            raise InternalError(f"the addresses of format '{format.kind}' need each other", found=names)
         for s in ready:
             done[s.name] = _fill(s, [piece for piece in pieces if piece.tensor is s], fields, done, simple)
     _verify(format, done, {name: simple(expr) for name, expr in located.items()}, fields)
@@ -58,15 +62,16 @@ def pack(format: Format, fields: Tensors, N: int, K: int) -> dict[str, torch.Ten
 
 
 def repack(source: Format, target: Format, tensors: Tensors, N: int, K: int) -> dict[str, torch.Tensor]:
-    """The stored tensors of the same weight in another format; ConfigError unless every weight stays bit for bit equal."""
+    """The stored tensors of the same weight in another format; ConfigError unless every weight stays the same."""
     true = dequantize(source, tensors, N, K)
     packed = pack(target, _fields_for(source, target, tensors, true, N, K), N, K)
     different = int((dequantize(target, packed, N, K) != true).sum())
     if different:
         raise ConfigError(
             f"format '{target.kind}' cannot hold a weight of format '{source.kind}' exactly",
-            found=f"{different} of {N * K} weights would change", expected="the same weights",
-        )  # fmt: skip
+            found=f"{different} of {N * K} weights would change",
+            expected="the same weights",
+        )
     return packed
 
 
@@ -88,7 +93,11 @@ def _fields_for(source: Format, target: Format, tensors: Tensors, true: torch.Te
         have.setdefault("offset", torch.zeros(1, 1).expand(N, K))
     needed = target.located(N, K).keys()
     if lacking := needed - have.keys():
-        raise ConfigError(f"format '{source.kind}' says nothing about what '{target.kind}' stores", found=", ".join(have), expected=", ".join(lacking))
+        raise ConfigError(
+            f"format '{source.kind}' does not say all that '{target.kind}' stores",
+            found=", ".join(sorted(have)),
+            expected=", ".join(sorted(lacking)),
+        )
     return {name: have[name] for name in needed}
 
 
@@ -148,20 +157,21 @@ def _pieces(name: str, expr: Expr, stored: Mapping[str, Stored], simple: Simplif
             else:
                 yield from go(word, low, less + added, dtype)
         else:
-            raise InternalError(f"field '{name}' holds more than addresses and bits; it cannot be packed", found=str(expr))
+            raise InternalError(f"field '{name}' holds more than addresses and bits", found=str(expr))
 
     return go(expr, 0, 0, None)
 
 
 def _fill(s: Stored, pieces: list[_Piece], fields: Tensors, done: Tensors, simple: Simplifier) -> torch.Tensor:
-    """One stored tensor. The words of an integer one are cut into slots of equal width, scattered one by one and then joined."""
+    """One stored tensor. Integer words are cut into slots of equal width, which are scattered and then joined."""
     real = s.dtype in FLOATS
     word = 8 * itemsize(s.dtype)
     unit = word if real else math.gcd(*(math.gcd(piece.width, simple.step(piece.shift)) for piece in pieces))
     per = word // unit
-    slots = torch.zeros(math.prod(s.shape) * per, dtype=DTYPES[s.dtype] if real else _slot_dtype(unit))
-    N, K = next(iter(fields.values())).shape
-    for rows in _chunks(N, K):
+    (N, K), device = next(iter(fields.values())).shape, next(iter(fields.values())).device
+    slots_dtype = DTYPES[s.dtype] if real else torch.uint8 if unit <= 8 else torch.int32
+    slots = torch.zeros(math.prod(s.shape) * per, dtype=slots_dtype, device=device)
+    for rows in row_chunks(N, K):
         reader = Reader(done, rows, torch.arange(K))
         for piece in pieces:
             place = reader.address(piece.load) * per + reader(piece.shift) // unit
@@ -182,10 +192,6 @@ def _fill(s: Stored, pieces: list[_Piece], fields: Tensors, done: Tensors, simpl
     return (words - max(piece.added for piece in pieces)).to(DTYPES[s.dtype]).reshape(s.shape)
 
 
-def _slot_dtype(unit: int) -> torch.dtype:
-    return torch.uint8 if unit <= 8 else torch.int32
-
-
 def _scatter(slots: torch.Tensor, place: torch.Tensor, value: torch.Tensor) -> None:
     slots.scatter_(0, place.reshape(-1), value.expand(place.shape).reshape(-1).to(slots.dtype))
 
@@ -193,7 +199,7 @@ def _scatter(slots: torch.Tensor, place: torch.Tensor, value: torch.Tensor) -> N
 def _verify(format: Format, packed: Tensors, simple_fields: Mapping[str, Expr], fields: Tensors) -> None:
     """ConfigError unless reading `packed` gives back `fields`."""
     N, K = next(iter(fields.values())).shape
-    for rows in _chunks(N, K):
+    for rows in row_chunks(N, K):
         reader = Reader(packed, rows, torch.arange(K))
         for name, expr in simple_fields.items():
             got = reader(expr)
@@ -204,9 +210,7 @@ def _verify(format: Format, packed: Tensors, simple_fields: Mapping[str, Expr], 
                 n, k = wrong.nonzero()[0].tolist()
                 raise ConfigError(
                     f"format '{format.kind}' cannot hold this '{name}': out of range, or not the same over a group",
-                    where=f"weight [{n + int(rows[0])}, {k}]", found=want[n, k].item(), expected=got.expand(wrong.shape)[n, k].item(),
-                )  # fmt: skip
-
-
-def _chunks(N: int, K: int) -> Iterator[torch.Tensor]:
-    return iter(torch.arange(N).split(max(1, CHUNK // max(K, 1))))
+                    where=f"weight [{n + int(rows[0])}, {k}]",
+                    found=want[n, k].item(),
+                    expected=got.expand(wrong.shape)[n, k].item(),
+                )

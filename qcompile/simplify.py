@@ -49,15 +49,15 @@ def interval(expr: Expr, facts: Mapping[str, Fact] | None = None) -> Interval:
 def simplify(expr: Expr, facts: Mapping[str, Fact] | None = None) -> Expr:
     """An expression of the same value: divisions and remainders resolved, constants folded, redundant masks dropped.
 
-    `facts` are about variables by name; one that is not named is a coordinate, zero or more. A `bits` node of width 32 is a
-    logical shift without a mask. Simplify several expressions with one `Simplifier` to share the work.
+    `facts` are about variables by name; one that is not named is a coordinate: zero or more. A `bits` node of width 32
+    is a logical shift without a mask. Simplify several expressions with one `Simplifier` to share the work.
 
     >>> from qcompile.expr import k, n, var
     >>> k0 = var("k0")
     >>> print(simplify((k0 * 8 + 3) // 8), simplify((k0 * 8 + 3) % 8), simplify((n * 64 + k) // 32 % 2))
     k0 3 (k // 32) % 2
-    >>> print(simplify(k // 8 * 8 + k % 8), simplify((k + 5) // 8, {"k": Fact(step=8)}), simplify(k % 64, {"k": Fact(0, 63)}))
-    k k // 8 k
+    >>> print(simplify(k // 8 * 8 + k % 8), simplify((k + 5) // 8, {"k": Fact(step=8)}))
+    k k // 8
     """
     return Simplifier(facts or {})(expr)
 
@@ -93,7 +93,7 @@ class Simplifier:
             case "where" if args[1] is args[2] or args[0].op == "const":
                 return args[1] if args[1] is args[2] or args[0].attr else args[2]
             case "bits":
-                return self.bits(*args, node.attr)
+                return self.bits(args[0], args[1], node.attr)
             case "cat":
                 return self.cat(node)
             case "table" if args[0].op == "const":
@@ -178,7 +178,7 @@ class Simplifier:
         return self.build(out, whole + extra)
 
     def remainder(self, expr: Expr, divisor: int) -> Expr:
-        """expr % divisor: multiples of the divisor are dropped, then the remainder itself where the rest is less than it."""
+        """expr % divisor: multiples of the divisor are dropped, then the operation where the rest is less than it."""
         terms, number = self.linear(expr)
         rest = {atom: f % divisor for atom, f in terms.items() if f * self.step(atom) % divisor}
         number %= divisor
@@ -186,7 +186,8 @@ class Simplifier:
         if low >= 0 and high < divisor:
             return self.build(rest, number)
         shared = math.gcd(divisor, *rest.values())  # (s * r + c) % (s * d) = s * (r % d) + c for 0 <= c < s
-        rest, (whole, number), divisor = {a: f // shared for a, f in rest.items()}, divmod(number, shared), divisor // shared
+        whole, number = divmod(number, shared)
+        rest, divisor = {a: f // shared for a, f in rest.items()}, divisor // shared
         node = self.build(rest, whole)
         if divisor == 1:
             return const(number)
@@ -235,7 +236,9 @@ class Simplifier:
         low, high = self.interval(word)
         if first + width >= 32 or (low >= 0 and high >> first < 1 << width):
             width = 32
-        return word if width == 32 and shift.op == "const" and shift.attr == 0 else make("bits", "i32", (word, shift), width)
+        if width == 32 and shift.op == "const" and shift.attr == 0:
+            return word
+        return make("bits", "i32", (word, shift), width)
 
     def cat(self, node: Expr) -> Expr:
         """Neighbouring fields of one word become one."""
@@ -243,8 +246,10 @@ class Simplifier:
         merged = [parts[0]]
         for part, width in parts[1:]:
             below, under = merged[-1]
-            if below.op == part.op == "bits" and below.args[0] is part.args[0] and part.args[1] is self(below.args[1] + under):
-                merged[-1] = (self.bits(*below.args, under + width), under + width)
+            one_word = below.op == part.op == "bits" and below.args[0] is part.args[0]
+            whole = one_word and below.attr >= under and part.attr >= width  # a narrower field leaves zeros above it
+            if whole and part.args[1] is self(below.args[1] + under):
+                merged[-1] = (self.bits(below.args[0], below.args[1], under + width), under + width)
             else:
                 merged.append((part, width))
         if len(merged) == 1:
@@ -328,8 +333,14 @@ def _float(node: Expr) -> Expr:
     args = node.args
     if all(arg.op == "const" for arg in args):
         a, *b = (torch.tensor(arg.attr, dtype=DTYPES[arg.dtype]) for arg in args)
-        value = {"add": lambda: a + b[0], "sub": lambda: a - b[0], "mul": lambda: a * b[0], "cast": lambda: a.to(DTYPES[node.dtype])}
-        return const(value[node.op]().item(), node.dtype)
+        match node.op:
+            case "add":
+                a = a + b[0]
+            case "sub":
+                a = a - b[0]
+            case "mul":
+                a = a * b[0]
+        return const(a.to(DTYPES[node.dtype]).item(), node.dtype)
     if len(args) == 2 and args[1].op == "const" and (node.op, repr(args[1].attr)) in (("mul", "1.0"), ("sub", "0.0")):
         return args[0]
     return node

@@ -18,7 +18,7 @@ class Terms:
 
     `code` is an i32 expression; `zero`, `scale` and `offset` are i32 or float ones that do not change inside a group.
     `rounding`: "none": f32 arithmetic; "product-f16": f32 arithmetic and one rounding of the result; "each-f16": the
-    difference and the product each rounded, as f16 arithmetic does ("bf16" likewise). `factor` multiplies in f32 afterwards.
+    difference and the product each rounded, as f16 arithmetic does ("bf16" likewise). `factor` multiplies last, in f32.
     """
 
     code: Expr

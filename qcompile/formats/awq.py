@@ -15,7 +15,7 @@ ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in a word of output 8 * c + i
 
 @dataclass(frozen=True)
 class Awq(Affine):
-    """GEMM layout: affine codes packed along N; `interleaved` in the order of AWQ's kernel (its 4-bit files), else natural.
+    """GEMM layout: affine codes packed along N, `interleaved` as AWQ's kernel wants (its 4-bit files) or in order.
 
     qweight i32 [K, ceil(N * bits / 32)], qzeros i32 [K / group, ceil(N * bits / 32)], scales [K / group, N].
     """
@@ -98,7 +98,7 @@ class AwqGemv(Affine):
 
 @dataclass(frozen=True)
 class AwqGemvFast(Affine):
-    """Fast GEMV layout (llm-awq's too): 4-bit codes in blocks of 4 x 64, W = f16(code * scale + offset), offset = -f16(scale * zero).
+    """Fast GEMV layout (llm-awq's too): 4-bit codes in blocks of 4 x 64, and an offset, -f16(scale * zero), for a zero.
 
     qweight i16 [N / 4, K], scales and qzeros (the offsets) f16 [8 * Z, N], Z as in `AwqGemv`.
     """
@@ -129,8 +129,10 @@ class AwqGemvFast(Affine):
         return Terms(f.code, f.scale, offset=f.offset, rounding="product-f16")
 
     def check(self, N: int, K: int) -> list[Problem]:
-        out = [Problem(f"K = {K}", f"a multiple of 64 and of the group, {self.group}")] if K % 64 or K % self.group else []
-        return out + ([Problem(f"N = {N}", "a multiple of 4")] if N % 4 else [])
+        out = [Problem(f"N = {N}", "a multiple of 4")] if N % 4 else []
+        if K % 64 or K % self.group:
+            out.append(Problem(f"K = {K}", f"a multiple of 64 and of the group, {self.group}"))
+        return out
 
     def group_size(self, N: int, K: int) -> int | None:
         return self.group

@@ -18,8 +18,8 @@ class Bnb4(Affine):
     """A 16-entry table ("nf4" or "fp4") times the largest magnitude of a block of the flattened weight.
 
     weight u8 [ceil(N * K / 2), 1] (files may label these bytes with another dtype), the first code in the high nibble;
-    absmax f32 [ceil(N * K / block)]. `nested` > 0 (double quantization): absmax is u8 codes of the "dynamic" table, with
-    nested_absmax f32 [ceil(blocks / nested)]: the scale is table * nested_absmax + `offset`.
+    absmax f32 [ceil(N * K / block)]. `nested` > 0 (double quantization): absmax is u8 codes of the "dynamic" table,
+    with nested_absmax f32 [ceil(blocks / nested)]: the scale is table * nested_absmax + `offset`.
     """
 
     kind: ClassVar[str] = "bnb4"

@@ -17,9 +17,9 @@ ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 in every field of a 
 class Gptq(Affine):
     """Affine codes of 2 to 8 bits, packed along K; the zero of `v1` files is stored less one.
 
-    qweight i32 [ceil(K * bits / 32), N], qzeros i32 [ceil(K / group), ceil(N * bits / 32)], scales [ceil(K / group), N], and, where
-    `indirect`, g_idx i32 [K]: the group of each input. `planar`: bit planes instead of one stream (always for 5 to 7 bits).
-    v1 files of 2, 4 and 8 bits subtract one from each field of the whole word, so a zero of 0 borrows from the next field.
+    With G = ceil(K / group): qweight i32 [ceil(K * bits / 32), N], qzeros i32 [G, ceil(N * bits / 32)], scales [G, N]
+    and, where `indirect`, g_idx i32 [K], the group of each input. `planar`: bit planes instead of one stream (5 to 7
+    bits always). v1 files of 2, 4 and 8 bits subtract from the whole word, so a zero of 0 borrows from the next field.
     """
 
     kind: ClassVar[str] = "gptq"

@@ -15,8 +15,9 @@ from qcompile.formats.affine import Affine, Terms
 class Hqq(Affine):
     """Affine codes with a float zero, both operations rounded in the compute dtype.
 
-    The flattened weight is seen as [R, C] with C = group (axis 1: a row is a group) or R = group (axis 0: a column is one). The rows are
-    cut into 32 // bits (bits = 3: 10 of an i32; else of a byte: 8 // bits) equal parts, part 0 in the highest bits.
+    The flattened weight is seen as [R, C] with C = group (axis 1: a row is a group) or R = group (axis 0: a column is
+    one). The rows are cut into `parts` equal parts: 8 // bits that share a byte, or for 3 bits 10 that share an i32,
+    part 0 in the highest bits.
     W_q u8 or i32 [ceil(R / parts), C], scale and zero in `dtype`, [R, 1] or [1, C]. 5 and 6 bits are stored as 8.
     """
 
@@ -64,4 +65,4 @@ class Hqq(Affine):
     def group_size(self, N: int, K: int) -> int | None:
         if self.axis == 1:
             return math.gcd(self.group, K)
-        return K if N * K == self.group else 1
+        return K if self.group == N * K else 1

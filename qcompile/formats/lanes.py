@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from qcompile.dtypes import DTYPES, NAMES
-from qcompile.evaluate import CHUNK, Reader
+from qcompile.evaluate import CHUNK, Reader, row_chunks
 from qcompile.expr import Expr, bits, cast, cat, const, k, n
 from qcompile.format import Format, Names, Packed, Problem, Stored
 from qcompile.formats.affine import Affine, Terms
@@ -25,13 +25,15 @@ SHORTEST = 8  # inputs that must share a scale for a kernel to apply it once a g
 class Lanes(Affine):
     """Affine or table codes in planes of 32-bit words, sixteen outputs interleaved.
 
-    Plane p of width w is "codes{p}" i32 [ceil(N/16), ceil(K/(32//w)), 16]. Word (nb, kw, lane) holds inputs kw*(32//w) + j of output
-    nb*16 + lane, input j at bit 8*(j % 4) + w*(j // 4): masking a word byte by byte gives four consecutive inputs.
-    "scales", and "zeros" and "offsets" where stored, are [ceil(N/16), K//group, 16]. Everything beyond N or K is 0.
+    Plane p of width w is "codes{p}" i32 [ceil(N/16), ceil(K/(32//w)), 16]. Word (nb, kw, lane) holds inputs
+    kw*(32//w) + j of output nb*16 + lane, input j at bit 8*(j % 4) + w*(j // 4): masking a word byte by byte gives four
+    consecutive inputs. "scales", and "zeros" and "offsets" where stored, are [ceil(N/16), K//group, 16]. Everything
+    beyond N or K is 0.
 
-    W = rounding((code - zero) * scale + offset) * factor, with table[code] for (code - zero) where there is a table; see `Terms`.
-    A number as `zero` is the same everywhere; a dtype name says that it is stored, in code units; `offset` likewise, added last.
-    Kernels factor `scale * factor` out of the sum over a group and ignore `rounding`, which only `dequantize` applies.
+    W = rounding((code - zero) * scale + offset) * factor, with table[code] for (code - zero) where there is a table.
+    A number as `zero` is the same everywhere; a dtype name says that it is stored, in code units (None: there
+    is none); `offset` likewise. Kernels factor scale * factor out of the sum over a group and ignore `rounding`, which
+    only `dequantize` applies.
     """
 
     kind: ClassVar[str] = "lanes"
@@ -135,7 +137,7 @@ def pack_lanes(
     zero: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The stored tensors from integer codes [N, K] and scale, zero and offset [N, K // group] (those that `format` stores)."""
+    """The stored tensors from codes [N, K] and what `format` stores of scale, zero and offset, each [N, K // group]."""
     chunk = max(LANES, CHUNK * 4 // max(code.shape[1], 1) // LANES * LANES)
     blocks = [pack_codes(code[at : at + chunk], format.bits) for at in range(0, len(code), chunk)]
     out = {f"codes{p}": torch.cat(parts) for p, parts in enumerate(zip(*blocks, strict=True))}
@@ -150,10 +152,12 @@ def pack_lanes(
 def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     """The weight in a lane layout, and the order of its inputs when that had to change; or the reason why it has none.
 
-    Exact: dequantized, the result equals the original's columns in the order `perm` (i64 [K]; None = unchanged) bit for bit.
-    Formats without terms (see `Affine`) are refused, except plain float weights; so are groups of fewer than 8 inputs.
+    Exact: dequantized, the result equals the original's columns in the order `perm` (i64 [K]; None = unchanged) bit for
+    bit. Refused: formats without terms (see `Affine`), except plain float weights, and groups of fewer than 8 inputs.
     """
     format, N, K = packed.format, packed.N, packed.K
+    if isinstance(format, Lanes | LanesDense):
+        return packed, None
     if isinstance(format, Dense):
         return Packed(LanesDense(format.dtype), {"values": interleave(packed.tensors["weight"])}, N, K), None
     if not isinstance(format, Affine):
@@ -174,8 +178,14 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     )
     assert scale is not None  # every format with terms has one
     layout = Lanes(
-        interval(terms.code)[1].bit_length() + signed, group, terms.table, _zero_kind(zero), NAMES[scale.dtype], terms.rounding,
-        None if offset is None else NAMES[offset.dtype], terms.factor,
+        bits=interval(terms.code)[1].bit_length() + signed,
+        group=group,
+        table=terms.table,
+        zero=_zero_kind(zero),
+        scale=NAMES[scale.dtype],
+        rounding=terms.rounding,
+        offset=None if offset is None else NAMES[offset.dtype],
+        factor=terms.factor,
     )
     code = _at(packed, terms.code + 128 if signed else terms.code, columns)
     return Packed(layout, pack_lanes(layout, code, scale, zero, offset), N, K), perm
@@ -183,10 +193,10 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
 
 def _at(packed: Packed, expr: Expr, columns: torch.Tensor) -> torch.Tensor:
     """`expr` at every row and the given columns, [N, len(columns)]; i32 results in 0..255 come as u8."""
-    step = max(1, CHUNK // len(columns))
-    small = expr.dtype == "i32" and 0 <= interval(expr)[0] and interval(expr)[1] <= 255
+    low, high = interval(expr) if expr.dtype == "i32" else (-1, -1)
+    small = low >= 0 and high <= 255
     parts = []
-    for rows in torch.arange(packed.N).split(step):
+    for rows in row_chunks(packed.N, len(columns)):
         part = Reader(packed.tensors, rows, columns)(expr).expand(len(rows), len(columns))
         parts.append(part.to(torch.uint8) if small else part)
     return torch.cat(parts)
@@ -209,7 +219,7 @@ def _longest_run(packed: Packed, terms: Terms, columns: torch.Tensor) -> int:
 
 
 def _zero_kind(zero: torch.Tensor | None) -> float | str | None:
-    """How Lanes names these zeros: their one value, or the dtype that stores them exactly (integers below 2048 fit f16)."""
+    """How Lanes names these zeros: their one value, or a dtype that holds them (f16 holds a code's integers)."""
     if zero is None:
         return None
     first = zero.flatten()[0]

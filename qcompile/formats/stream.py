@@ -20,7 +20,7 @@ def planes(width: int) -> tuple[int, ...]:
 
 
 def stream(word: Word, i: Expr, width: int) -> Expr:
-    """Code `i` of a little-endian bit stream: it occupies bits [i * width, (i + 1) * width), across words where it must."""
+    """Code `i` of a little-endian bit stream: bits [i * width, (i + 1) * width), across words where they fall so."""
     if 32 % width == 0:
         return bits(word(i // (32 // width)), i % (32 // width) * width, width)
     piece = math.gcd(width, 32)  # pieces of this width never straddle two words

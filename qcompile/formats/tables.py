@@ -16,13 +16,13 @@ NF4 = (
 
 @functools.cache
 def entries(name: str) -> tuple[float, ...]:
-    """The table called "nf4", "fp4" (both bitsandbytes, 16 entries) or "dynamic" (its signed 8-bit map, 256 entries), as float32."""
+    """The f32 entries of "nf4", "fp4" (bitsandbytes, 16 entries) or "dynamic" (its signed 8-bit map, 256 entries)."""
     return {"nf4": lambda: NF4, "fp4": _fp4, "dynamic": _dynamic}[name]()
 
 
 def _fp4() -> tuple[float, ...]:
     positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
-    return tuple(torch.cat([positive, 0 - positive]).tolist())  # `0 - x`: both zeros are +0.0, as bitsandbytes stores them
+    return tuple(torch.cat([positive, 0 - positive]).tolist())  # 0 - 0 is +0.0, as the package has it
 
 
 def _dynamic() -> tuple[float, ...]:

@@ -1,0 +1,58 @@
+"""Cases for tests over the format registry: parameters with legal shapes, odd ones among them, and random storage."""
+
+from __future__ import annotations
+
+import torch
+
+from qcompile.dtypes import DTYPES
+from qcompile.expr import FLOATS
+from qcompile.format import Format, Stored
+from qcompile.formats import awq, bitsandbytes, dense, eetq, gguf, gptq, hqq, lanes
+
+NF4 = (-1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
+CASES: list[tuple[Format, int, int]] = [
+    *((gptq.Gptq(bits, 32, v1), 33, 64) for bits in (2, 3, 4, 8) for v1 in (True, False)),
+    *((gptq.Gptq(bits, 64, v1, planar=True), 32, 64) for bits in (3, 5, 6, 7) for v1 in (True, False)),
+    (gptq.Gptq(4, 32, indirect=True), 17, 96),
+    (gptq.Gptq(4, 24, scale="bf16"), 5, 40),  # the last group is short
+    (gptq.Gptq(8, 1000), 12, 20),
+    (awq.Awq(4, 32), 24, 64),
+    *((awq.Awq(bits, 16, interleaved=False), 19, 48) for bits in (2, 3, 5, 6, 7, 8)),
+    (awq.Awq(5, 16, interleaved=True), 16, 48),
+    *((awq.AwqGemv(group), 3, 256) for group in (16, 32, 64, 128)),
+    *((awq.AwqGemvFast(group), 8, 192) for group in (32, 64)),
+    *((hqq.Hqq(bits, 24, axis), 16, 72) for bits in (8, 4, 2, 1) for axis in (0, 1)),
+    *((hqq.Hqq(3, 24, axis, "f32"), 5, 72) for axis in (0, 1)),
+    (hqq.Hqq(4, 48, 1, "bf16"), 6, 80),  # groups straddle rows
+    *((bitsandbytes.Bnb4(table), N, K) for table in ("nf4", "fp4") for N, K in ((3, 64), (3, 5), (7, 96))),
+    (bitsandbytes.Bnb4("nf4", 64, 256, 0.25), 300, 96),
+    (bitsandbytes.BnbInt8(), 5, 9),
+    (eetq.Eetq(), 64, 128),
+    (eetq.Eetq("f32"), 128, 64),
+    *((dense.Dense(dtype), 3, 5) for dtype in ("f32", "f16", "bf16")),
+    *((cls(), 3, 96) for cls in (gguf.Q4_0, gguf.Q4_1, gguf.Q5_0, gguf.Q5_1, gguf.Q8_0)),
+    (gguf.Q6_K(), 3, 512),
+    *((lanes.Lanes(bits, 24, None, "f16", "f16", "each-f16"), 19, 72) for bits in range(1, 9)),
+    (lanes.Lanes(4, 8, NF4), 16, 40),
+    (lanes.Lanes(5, 11, None, 16.0, "bf16", "product-bf16", "f32", 0.5), 3, 33),
+    *((lanes.LanesDense(dtype), 18, 7) for dtype in ("f32", "bf16")),
+]
+IDS = [f"{format.kind}-{i}-{N}x{K}" for i, (format, N, K) in enumerate(CASES)]
+
+
+def random_tensor(s: Stored, seed: int) -> torch.Tensor:
+    """Any bits for integers; finite numbers for floats, so that they can be compared."""
+    generator = torch.Generator().manual_seed(seed)
+    if s.dtype in FLOATS:
+        return torch.randn(s.shape, generator=generator).to(DTYPES[s.dtype])
+    info = torch.iinfo(DTYPES[s.dtype])
+    return torch.randint(info.min, info.max + 1, s.shape, generator=generator, dtype=torch.int64).to(DTYPES[s.dtype])
+
+
+def random_storage(format: Format, N: int, K: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Stored tensors with random content; indices are legal ones."""
+    out = {s.name: random_tensor(s, seed + i) for i, s in enumerate(format.stored(N, K))}
+    if "g_idx" in out:
+        groups = out["scales"].shape[0]
+        out["g_idx"] = torch.randperm(K, generator=torch.Generator().manual_seed(seed)).to(torch.int32) % groups
+    return out

@@ -1,0 +1,118 @@
+"""The packer inverts every format's addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from format_cases import CASES, IDS, random_storage
+
+from qcompile.dtypes import DTYPES
+from qcompile.errors import ConfigError
+from qcompile.evaluate import dequantize
+from qcompile.format import FORMATS, Format, format_class
+from qcompile.formats.awq import Awq
+from qcompile.formats.bitsandbytes import Bnb4
+from qcompile.formats.dense import Dense
+from qcompile.formats.gguf import Q4_0, Q8_0
+from qcompile.formats.gptq import Gptq
+from qcompile.formats.hqq import Hqq
+from qcompile.formats.lanes import Lanes
+from qcompile.pack import pack, repack, unpack
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: NaN and -0.0 compare too."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(bits_of(a[name]), bits_of(b[name])) for name in a)
+
+
+def test_every_format_has_a_case() -> None:
+    assert {format.kind for format, _, _ in CASES} == set(FORMATS)
+    assert all(format_class(format.kind) is type(format) for format, _, _ in CASES)
+
+
+@pytest.mark.parametrize(("format", "N", "K"), CASES, ids=IDS)
+def test_pack_after_unpack_is_the_identity(format: Format, N: int, K: int) -> None:
+    assert format.check(N, K) == []
+    raw = random_storage(format, N, K)
+    fields = unpack(format, raw, N, K)
+    assert all(field.shape == (N, K) for field in fields.values())
+    # Bits that hold no field (the tail of a word, padded rows) are random in `raw` and 0 after one trip.
+    clean = pack(format, fields, N, K)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in clean.items()} == {
+        s.name: (DTYPES[s.dtype], s.shape) for s in format.stored(N, K)
+    }
+    again = unpack(format, clean, N, K)
+    assert same(fields, again)
+    assert same(clean, pack(format, again, N, K))
+    assert same({"w": dequantize(format, raw, N, K)}, {"w": dequantize(format, clean, N, K)})
+
+
+WHOLE = [case for case in CASES if case[0].kind in ("awq", "eetq", "bnb-int8", "dense") and case[1] % 8 == 0]
+
+
+@pytest.mark.parametrize(("format", "N", "K"), WHOLE, ids=[f"{f.kind}-{N}x{K}" for f, N, K in WHOLE])
+def test_storage_without_gaps_comes_back_whole(format: Format, N: int, K: int) -> None:
+    raw = random_storage(format, N, K)
+    gap = format.kind == "awq" and N * format.bits % 32  # type: ignore[attr-defined]
+    assert gap or same(raw, pack(format, unpack(format, raw, N, K), N, K))
+
+
+def test_gptq_v1_zeros_borrow_across_the_word() -> None:
+    fields = {"code": torch.zeros(8, 8, dtype=torch.int32), "scale": torch.ones(1, 1)}
+    fields["zero"] = torch.tensor([3, 0, 0, 7, 15, 0, 1, 2])[:, None]
+    qzeros = pack(Gptq(4, 8), fields, 8, 8)["qzeros"]
+    word = sum(int(zero) << (4 * i) for i, zero in enumerate(fields["zero"].flatten()))
+    assert qzeros.item() & 0xFFFFFFFF == (word - 0x11111111) & 0xFFFFFFFF
+
+
+def test_a_field_that_does_not_fit_is_an_error_that_names_the_weight() -> None:
+    code = torch.zeros(4, 8, dtype=torch.int32)
+    code[2, 5] = 16
+    good = {"zero": torch.zeros(1, 1, dtype=torch.int32), "scale": torch.ones(1, 1)}
+    with pytest.raises(ConfigError) as error:
+        pack(Gptq(4, 8), {"code": code, **good}, 4, 8)
+    assert str(error.value) == (
+        "format 'gptq' cannot hold this 'code': out of range, or not the same over a group\n"
+        "  where:    weight [2, 5]\n  found:    16\n  expected: 0"
+    )
+    scale = torch.ones(4, 8)
+    scale[1, 3] = 2
+    with pytest.raises(ConfigError, match="cannot hold this 'scale'"):
+        pack(Gptq(4, 8), {"code": code % 16, "zero": good["zero"], "scale": scale}, 4, 8)
+    with pytest.raises(ConfigError, match="has other fields\n  found:    code, scale, zero\n  expected: code, scale"):
+        pack(Q4_0(), {"code": code, **good}, 4, 32)
+
+
+PAIRS: list[tuple[Format, Format]] = [
+    (Gptq(4, 32), Awq(4, 32)),
+    (Awq(4, 32), Gptq(4, 32, v1=False)),
+    (Gptq(3, 32, v1=False), Hqq(8, 32)),
+    (Q4_0(), Hqq(4, 32, dtype="f32")),
+    (Q4_0(), Lanes(4, 32, None, 8.0, "f16")),
+    (Hqq(4, 32), Dense("f16")),
+    (Bnb4("nf4", 64), Dense("f32")),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=[f"{a.kind}-{b.kind}" for a, b in PAIRS])
+def test_a_weight_moves_to_another_format_unchanged(source: Format, target: Format) -> None:
+    N, K = 16, 64
+    tensors = pack(source, unpack(source, random_storage(source, N, K), N, K), N, K)
+    moved = repack(source, target, tensors, N, K)
+    assert torch.equal(dequantize(target, moved, N, K), dequantize(source, tensors, N, K))
+
+
+def test_a_move_that_would_change_weights_is_refused() -> None:
+    tensors = random_storage(Hqq(4, 32), 16, 64)  # zeros that are not integers
+    with pytest.raises(ConfigError):
+        repack(Hqq(4, 32), Q8_0(), tensors, 16, 64)
+    dense = random_storage(Dense("f32"), 4, 32)
+    with pytest.raises(ConfigError) as error:
+        repack(Dense("f32"), Dense("bf16"), dense, 4, 32)
+    assert "cannot hold a weight of format 'dense' exactly" in str(error.value)
+    with pytest.raises(ConfigError, match="does not say all that 'gguf-q8_0' stores"):
+        repack(Dense("f32"), Q8_0(), dense, 4, 32)
