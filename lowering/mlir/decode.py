@@ -1,7 +1,7 @@
 """Weights as float32 vectors of sixteen outputs, read from a layout or any other format by MLIR text.
 
-A reader gives the weight of a block (outputs 16 b .. 16 b + 15) at an input in two halves: `value`, which changes with every
-input, and `Scaling`, which holds for a group of inputs: W = value * scale + shift. Where a reader has no group, W = value.
+A reader gives the weight of a block (outputs 16 b .. 16 b + 15) at an input in two halves: `value`, which changes with
+every input, and `Scaling`, which holds for a group of inputs. Where a reader has no group, W = value.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Protocol
 from qcompile.errors import InternalError
 from qcompile.format import Format
 from qcompile.formats.lanes import Lanes, LanesDense, planes
+from qcompile.lowering.mlir.linear import F32, I32, LANES, Operands, Shape
 from qcompile.lowering.mlir.memory import gather, load
 from qcompile.lowering.mlir.text import Text, Value, vector
+from qcompile.lowering.render import Renderer
+from qcompile.simplify import coordinates, simplify
 from qcompile.target import Target
-
-LANES = 16
-F32, I32 = vector(LANES, "f32"), vector(LANES, "i32")
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What holds for one group of a block: W = (value - zero) * scale + offset, all vectors; None where it is not there."""
+    """What holds for one group of a block: W = (value - zero) * scale + offset, vectors; None where there is none."""
 
     scale: Value
     zero: Value | None
@@ -30,7 +30,7 @@ class Scaling:
 
 
 class Reader(Protocol):
-    """How kernels read one weight. `unit` inputs are read together; it divides the group, and K where there is a group."""
+    """How kernels read one weight. `unit` inputs are read together; it divides the group, if there is one."""
 
     unit: int
     group: int | None
@@ -187,10 +187,46 @@ class DenseReader:
         raise InternalError("an unquantized weight has no scale")
 
 
-def reader(t: Text, target: Target, format: Format, stored: list[Value], k: Value) -> Reader:
-    """The reader of a weight with K inputs whose stored tensors are `stored`."""
-    if isinstance(format, Lanes):
-        return LanesReader(t, target, format, stored, k)
-    if isinstance(format, LanesDense):
-        return DenseReader(t, format, stored, k)
-    raise InternalError("no reader", found=format.kind)
+class AnyReader:
+    """Any other format: its own decode expression, evaluated for sixteen outputs at a time, input by input."""
+
+    unit, group, needs_sums = 1, None, False
+
+    def __init__(self, t: Text, format: Format, stored: list[Value], size: tuple[int, int]):
+        rows, columns = size
+        facts = coordinates(rows, columns)
+        self.t, self.weight = t, simplify(format.weight(rows, columns), facts)
+        tensors = {s.name: pointer for s, pointer in zip(format.stored(rows, columns), stored, strict=True)}
+        self.render = Renderer(t, [self.weight], tensors, facts)
+        self.last = rows - 1
+
+    def words(self, block: Value, k: Value) -> list[list[Value]]:
+        return [[self.single(block, k)]]
+
+    def value(self, words: list[list[Value]], j: int) -> Value:
+        return words[0][0]
+
+    def single(self, block: Value, k: Value) -> Value:
+        t = self.t
+        first = t.broadcast(t.cast("trunci", block * LANES, "i32"), LANES)
+        n = (first + t.constants(range(LANES), "i32")).least(self.last)  # outputs beyond the last repeat it
+        value = self.render(self.weight, {"n": n, "k": t.cast("trunci", k, "i32")})
+        return t.broadcast(value, LANES) if value.count == 1 else value
+
+    def scaling(self, block: Value, group: Value) -> Scaling:
+        raise InternalError("a decoded weight has no scale")
+
+
+def readers(t: Text, target: Target, shape: Shape, operands: Operands) -> list[Reader]:
+    """The reader of each part."""
+    made: list[Reader] = []
+    for format, stored, size in zip(shape.parse(), operands.stored, shape.sizes, strict=True):
+        if isinstance(format, Lanes):
+            made.append(LanesReader(t, target, format, stored, operands.k))
+        elif isinstance(format, LanesDense):
+            made.append(DenseReader(t, format, stored, operands.k))
+        elif size is not None:
+            made.append(AnyReader(t, format, stored, size))
+        else:
+            raise InternalError("a format that is no lane layout needs its size", found=format.kind)
+    return made

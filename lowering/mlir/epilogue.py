@@ -1,4 +1,4 @@
-"""The end of a linear kernel as MLIR text: bias, activations, gates, products and sums, then the store of sixteen outputs."""
+"""The end of a linear kernel as MLIR text: bias, activations, gates, products, sums, and the store of 16 outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class Epilogue:
         if self.operands.bias is not None:
             # The second stream's rows follow all of the first's.
             starts = [column, column + section.rows][: len(sums)]
-            sums = [y + load(t, self.operands.bias, start, "f32", LANES, mask) for y, start in zip(sums, starts, strict=True)]
+            sums = [
+                y + load(t, self.operands.bias, start, "f32", LANES, mask)
+                for y, start in zip(sums, starts, strict=True)
+            ]
         extras = list(self.operands.extras)
         y, *up = sums
         for step in self.shape.epilogue:

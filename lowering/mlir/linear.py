@@ -4,7 +4,7 @@ A linear kernel's arguments are, in order:
     x          f32 [M, K], or what the template says it reads instead
     y          f32 [M, n_out]
     stored     the tensors of part 0, part 1 ..., each in the order of `Format.stored`
-    extras     as `LinearSpec` lists them, f32: bias [N]; norm weight [K] (and bias [K]); one [M, n_out] for each add or mul
+    extras     f32, as `LinearSpec` lists them: bias [N]; norm weight [K] (and bias [K]); one [M, n_out] an add or mul
     scratch    f32 [threads, scratch elements], where the template asks for it
 and its dimensions are M, K, then the rows of each part.
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qcompile.format import Format, format_from_json
+from qcompile.format import Format, Stored, format_from_json
 from qcompile.lowering.mlir.text import Text, Value
 
 LANES = 16
@@ -30,7 +30,7 @@ class Shape:
     """What a linear kernel computes; `params` is its JSON (the same names), to which a template adds its own.
 
     `formats`: one for each part. `ragged`: some part has a number of rows that is no multiple of 16.
-    `shared`: the scale, zero and offset of a part do not change (see the templates).
+    `sizes`: [N, K] of each part whose format is no lane layout, None for the others: their kernels serve every size.
     """
 
     formats: tuple[dict[str, Any], ...]
@@ -38,17 +38,23 @@ class Shape:
     bias: bool = False
     prologue: dict[str, Any] | None = None
     epilogue: tuple[dict[str, Any], ...] = ()
+    sizes: tuple[tuple[int, int] | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            object.__setattr__(self, "sizes", (None,) * len(self.formats))
 
     @staticmethod
     def of(params: dict[str, Any]) -> Shape:
         return Shape(
-            tuple(params["formats"]), params["ragged"], params["bias"], params["prologue"], tuple(params["epilogue"])
-        )
+            tuple(params["formats"]), params["ragged"], params["bias"], params["prologue"], tuple(params["epilogue"]),
+            tuple(None if size is None else (size[0], size[1]) for size in params["sizes"]),
+        )  # fmt: skip
 
     def params(self, **more: Any) -> dict[str, Any]:
         return {
             "formats": list(self.formats), "ragged": self.ragged, "bias": self.bias, "prologue": self.prologue,
-            "epilogue": list(self.epilogue), **more,
+            "epilogue": list(self.epilogue), "sizes": [size and list(size) for size in self.sizes], **more,
         }  # fmt: skip
 
     @property
@@ -58,6 +64,11 @@ class Shape:
 
     def parse(self) -> tuple[Format, ...]:
         return tuple(format_from_json(data) for data in self.formats)
+
+
+def norm_count(prologue: dict[str, Any] | None) -> int:
+    """How many tensors the prologue of a `LinearSpec` has."""
+    return {"": 0, "rms_norm": 1, "layer_norm": 2}[prologue["op"] if prologue else ""]
 
 
 @dataclass
@@ -87,10 +98,9 @@ class Operands:
 
         formats = shape.parse()
         x, y = take(), take()
-        # The number and order of stored tensors does not depend on the size; 2**20 divides by every group.
-        stored = [[take() for _ in format.stored(1 << 20, 1 << 20)] for format in formats]
+        stored = [[take() for _ in _stored(format, size)] for format, size in zip(formats, shape.sizes, strict=True)]
         bias = take() if shape.bias else None
-        norm = [take() for _ in range({None: 0, "rms_norm": 1, "layer_norm": 2}[(shape.prologue or {"op": None})["op"]])]
+        norm = [take() for _ in range(norm_count(shape.prologue))]
         extras = [take() for step in shape.epilogue if step["op"] in ("add", "mul")]
         made = Operands(
             x, y, stored, bias, norm, extras, take() if scratch else None, t.dim(0), t.dim(1),
@@ -103,10 +113,15 @@ class Operands:
         return made
 
 
+def _stored(format: Format, size: tuple[int, int] | None) -> tuple[Stored, ...]:
+    """The stored tensors; their number does not depend on the size, where that is not given."""
+    return format.stored(*(size or (LANES, getattr(format, "group", 1))))
+
+
 @dataclass
 class Section:
     """Blocks that are computed alike: `streams` are (part, first block) whose block b + first feeds output column
-    `column` + 16 b; two of them, gate and up, for a gated unit. `blocks` and `rows` (valid outputs) count one stream."""
+    `column` + 16 b; two of them, gate and up, for a gated unit. `blocks` and `rows` (outputs) count one stream."""
 
     streams: tuple[tuple[int, Value | int], ...]
     column: Value
@@ -138,7 +153,7 @@ def _blocks(rows: Value) -> Value:
 
 
 def shares(t: Text, work: list[Section]) -> Iterator[tuple[Section, Value, Value]]:
-    """Each section with the blocks [first, end) of it that are this thread's: a contiguous part of all blocks together."""
+    """Each section with the blocks [first, end) of it that are this thread's: a contiguous part of all blocks."""
     total = t.constant(0, "i64")
     for section in work:
         total = total + section.blocks

@@ -2,18 +2,19 @@
 
     y[m, n] = epilogue(sum over k of W[n, k] x[m, k]),  W = value * scale + shift
 
-x comes from "linear-pack". A thread takes two strips of neighbouring outputs at a time (of a gated unit: one of the gate
-and one of the up part) and for every DEPTH inputs decodes each strip's weights to float32 [DEPTH, strip] once; then a tile
-of rows of x by one strip is accumulated in registers, a row's input broadcast from memory, for one tile after another.
-Sums of finished depths wait in the thread's scratch; the epilogue runs on them when all of K is done.
+x comes from "linear-pack". A thread takes two strips of neighbouring outputs at a time (of a gated unit: one of the
+gate and one of the up part). For every DEPTH inputs it decodes a strip's weights to float32 [DEPTH, strip] once; then
+tiles of rows of x by the strip are accumulated in registers, inputs broadcast from memory. Sums of finished depths wait
+in the thread's scratch; the epilogue runs on them when all of K is done.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from qcompile.lowering.mlir.decode import Reader, reader
+from qcompile.lowering.mlir.decode import Reader, readers
 from qcompile.lowering.mlir.epilogue import Epilogue
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_pack import rest_width
@@ -51,7 +52,7 @@ def tile(target: Target) -> Tile:
 
 def scratch(target: Target) -> int:
     """float32 elements that each thread needs."""
-    return STRIPS * tile(target).strip * (DEPTH + tile(target).waiting)
+    return tile(target).strip * (DEPTH + STRIPS * tile(target).waiting)
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
@@ -62,79 +63,79 @@ def emit(params: dict[str, Any], target: Target) -> str:
     return t.finish()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows of x whose sums wait together: `tiles` full tiles from tile number `first` on, then `width` packed rows."""
+
+    first: Value
+    tiles: Value
+    width: Value
+
+
 class _Gemm:
     def __init__(self, t: Text, target: Target, shape: Shape):
         self.t, self.shape, self.tile = t, shape, tile(target)
         self.operands = Operands.load(t, shape, scratch=True)
         self.m, self.k = self.operands.m, self.operands.k
         self.epilogue = Epilogue(t, shape, self.operands)
-        self.readers: list[Reader] = [
-            reader(t, target, format, stored, self.k)
-            for format, stored in zip(shape.parse(), self.operands.stored, strict=True)
-        ]
+        self.readers = readers(t, target, shape, self.operands)
         assert self.operands.scratch is not None
-        self.weights = self.operands.scratch.at(t.thread * scratch(target), "f32")  # [STRIPS, DEPTH, strip]
-        self.sums = self.weights.at(STRIPS * DEPTH * self.tile.strip, "f32")  # [STRIPS, waiting, strip]
+        self.weights = self.operands.scratch.at(t.thread * scratch(target), "f32")  # [DEPTH, strip]
+        self.sums = self.weights.at(DEPTH * self.tile.strip, "f32")  # [STRIPS, waiting, strip]
 
     def emit(self) -> None:
-        t, tiles = self.t, self.m // self.tile.rows
+        t, rows = self.t, self.tile.rows
+        tiles = self.m // rows
+        width = rest_width(self.m - tiles * rows, rows)
+        # A rest as wide as a tile is packed like one.
+        tiles, width = tiles + width // rows, width % rows
         work = sections(t, self.shape, self.operands)
-        with t.loop(0, tiles.most(1), TILES) as first_tile:
-            count = (tiles - first_tile).least(TILES)
-            last = (t.constant(TILES, "i64") + first_tile) > (tiles - 1)
-            row = first_tile * self.tile.rows
-            rest = t.select(last, self.m - tiles * self.tile.rows, t.constant(0, "i64"))
-            for section, first, end in shares(t, work):
-                with t.loop(first, end, self._blocks(section)) as block:
-                    self._strips(section, block, end, row, count, rest)
+        with t.loop(0, tiles.most(1), TILES) as first:
+            piece = Piece(first, (tiles - first).least(TILES), t.select(first + TILES < tiles, 0, width))
+            for section, start, end in shares(t, work):
+                with t.loop(start, end, self._blocks(section)) as block:
+                    self._strips(section, block, end, piece)
 
     def _blocks(self, section: Section) -> int:
         """Blocks of output in a turn."""
         return self.tile.vectors * STRIPS // len(section.streams)
 
-    def _strip(self, section: Section, number: int) -> tuple[int, Value | int, int]:
-        """Of a strip: the part it reads, and its first block: (part, start of the stream, block inside the turn)."""
-        if len(section.streams) == STRIPS:
-            return (*section.streams[number], 0)
-        return (*section.streams[0], number * self.tile.vectors)
-
-    def _strips(self, section: Section, block: Value, end: Value, row: Value, count: Value, rest: Value) -> None:
-        t, strip = self.t, self.tile.strip
-        rows = count * self.tile.rows + rest_width(rest, self.tile.rows)
-        for number in range(STRIPS):
-            with t.loop(0, rows * strip, LANES) as at:
-                t.store(t.constant(0.0, F32), self._sum(number, at // strip).at(at % strip, "f32"))
-        with t.loop(0, self.k, DEPTH) as k:
+    def _strips(self, section: Section, block: Value, end: Value, piece: Piece) -> None:
+        t, strip, rows = self.t, self.tile.strip, self.tile.rows
+        gated = len(section.streams) == STRIPS
+        height = piece.tiles * rows + piece.width
+        with t.loop(0, STRIPS) as number, t.loop(0, height * strip, LANES) as at:
+            t.store(t.constant(0.0, F32), self._sums(number).at(at, "f32"))
+        with t.loop(0, self.k, DEPTH) as k, t.loop(0, STRIPS) as number:
             depth = (self.k - k).least(DEPTH)
-            for number in range(STRIPS):
-                part, start, inside = self._strip(section, number)
-                with t.when(block + inside < end):
-                    blocks = [(block + inside + v).least(end - 1) + start for v in range(self.tile.vectors)]
-                    self._decode(self.readers[part], blocks, k, depth, number)
-                    self._tiles(number, row, k, depth, count, rest)
-        with t.loop(0, count * self.tile.rows + rest) as at:
+            first = block if gated else block + number * self.tile.vectors
+            with t.when(first < end):
+                for i, (part, start) in enumerate(section.streams):
+                    blocks = [(first + v).least(end - 1) + start for v in range(self.tile.vectors)]
+                    with t.when(number.equals(i)) if gated else nullcontext():
+                        self._decode(self.readers[part], blocks, k, depth)
+                self._tiles(self._sums(number), piece, k, depth)
+        top = piece.first * rows
+        with t.loop(0, height.least(self.m - top)) as row:
             for v in range(self._blocks(section)):
+                places = [(i, v) for i in range(STRIPS)] if gated else [divmod(v, self.tile.vectors)]
                 with t.when(block + v < end):
-                    self.epilogue.finish(section, block + v, row + at, self._finished(section, at, v))
+                    sums = [
+                        t.load(self._sums(t.constant(i, "i64")).at(row * strip + lane * LANES, "f32"), F32)
+                        for i, lane in places
+                    ]
+                    self.epilogue.finish(section, block + v, top + row, sums)
 
-    def _sum(self, number: int, row: Value) -> Value:
-        return self.sums.at((row + number * self.tile.waiting) * self.tile.strip, "f32")
+    def _sums(self, number: Value) -> Value:
+        """The waiting sums of strip `number`."""
+        return self.sums.at(number * (self.tile.waiting * self.tile.strip), "f32")
 
-    def _finished(self, section: Section, row: Value, v: int) -> list[Value]:
-        """The sums of output block v of the turn."""
-        if len(section.streams) == STRIPS:
-            places = [(number, v) for number in range(STRIPS)]
-        else:
-            places = [divmod(v, self.tile.vectors)]
-        return [self.t.load(self._sum(number, row).at(lane * LANES, "f32"), F32) for number, lane in places]
-
-    def _decode(self, weight: Reader, blocks: list[Value], first: Value, depth: Value, number: int) -> None:
-        """Inputs first .. first + depth - 1 of the blocks, to strip `number` of the scratch."""
+    def _decode(self, weight: Reader, blocks: list[Value], first: Value, depth: Value) -> None:
+        """Inputs first .. first + depth - 1 of the blocks, as the strip of weights."""
         t = self.t
-        to = self.weights.at(number * DEPTH * self.tile.strip, "f32")
 
         def put(value: Value, k: Value, v: int) -> None:
-            t.store(value, to.at((k - first) * self.tile.strip + v * LANES, "f32"))
+            t.store(value, self.weights.at((k - first) * self.tile.strip + v * LANES, "f32"))
 
         end = first + depth
         whole = end - end % weight.unit
@@ -160,34 +161,37 @@ class _Gemm:
             shift = -(by.zero * by.scale) if shift is None else t.fma(-by.zero, by.scale, shift)
         return (lambda value: value * by.scale) if shift is None else (lambda value: t.fma(value, by.scale, shift))
 
-    def _tiles(self, number: int, row: Value, k: Value, depth: Value, count: Value, rest: Value) -> None:
-        """Adds strip `number` times the inputs k .. k + depth - 1 of this piece's rows to the waiting sums."""
+    def _tiles(self, sums: Value, piece: Piece, k: Value, depth: Value) -> None:
+        """Adds the strip of weights times the inputs k .. k + depth - 1 of this piece's rows to the waiting sums."""
         t, rows = self.t, self.tile.rows
-        with t.loop(0, count) as i:
-            self._multiply(rows, number, i * rows, row + i * rows, k, depth)
-        width = rest_width(rest, rows)
-        for third in (1, 2, 3):
-            with t.when(width.equals(third * rows // 3)):
-                self._multiply(third * rows // 3, number, count * rows, row + count * rows, k, depth)
+        x = self.operands.x.at(piece.first * rows * self.k, "f32")
+        with t.loop(0, piece.tiles) as i:
+            self._multiply(rows, x.at(i * rows * self.k + k * rows, "f32"), self._row(sums, i * rows), depth)
+        for width in (rows // 3, 2 * rows // 3):
+            with t.when(piece.width.equals(width)):
+                row = piece.tiles * rows
+                self._multiply(width, x.at(row * self.k + k * width, "f32"), self._row(sums, row), depth)
 
-    def _multiply(self, rows: int, number: int, local: Value, row: Value, k: Value, depth: Value) -> None:
-        t, vectors = self.t, self.tile.vectors
-        x = self.operands.x.at(row * self.k + k * rows, "f32")
-        weights = self.weights.at(number * DEPTH * self.tile.strip, "f32")
-        places = [self._sum(number, local + r).at(v * LANES, "f32") for r in range(rows) for v in range(vectors)]
-        sums = [t.load(place, F32) for place in places]
+    def _row(self, sums: Value, row: Value) -> Value:
+        return sums.at(row * self.tile.strip, "f32")
+
+    def _multiply(self, rows: int, x: Value, sums: Value, depth: Value) -> None:
+        """sums [rows, strip] += x [depth, rows].T @ weights [depth, strip]."""
+        t, vectors, strip = self.t, self.tile.vectors, self.tile.strip
+        places = [sums.at(r * strip + v * LANES, "f32") for r in range(rows) for v in range(vectors)]
+        values = [t.load(place, F32) for place in places]
         whole = depth - depth % UNROLL
         for start, end, step in ((t.constant(0, "i64"), whole, UNROLL), (whole, depth, 1)):
-            with t.loop(start, end, step, carry=sums) as loop:
+            with t.loop(start, end, step, carry=values) as loop:
                 values = list(loop.values)
                 for j in range(step):
                     at = loop.index + j
-                    w = [t.load(weights.at(at * self.tile.strip + v * LANES, "f32"), F32) for v in range(vectors)]
+                    w = [t.load(self.weights.at(at * strip + v * LANES, "f32"), F32) for v in range(vectors)]
                     for r in range(rows):
                         one = t.broadcast(t.load(x.at(at * rows + r, "f32"), "f32"), LANES)
                         for v in range(vectors):
                             values[r * vectors + v] = t.fma(w[v], one, values[r * vectors + v])
                 loop.carry(values)
-            sums = list(loop.results)
-        for value, place in zip(sums, places, strict=True):
+            values = list(loop.results)
+        for value, place in zip(values, places, strict=True):
             t.store(value, place)

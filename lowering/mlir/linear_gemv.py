@@ -3,16 +3,16 @@
     y[m, n] = epilogue(sum over groups g of scale[n, g] * (sum q[n, k] x[m, k] - zero[n, g] * sum x[m, k])
                        + offset[n, g] * sum x[m, k])
 
-Sixteen outputs are the lanes of a vector; several blocks of sixteen are worked on at once, so that independent chains of
-multiply-adds hide their latency, while the words of each stream by in order. Sums of x (and the norm of x) are computed by
-every thread for itself: that is cheaper than a barrier for so few rows.
+Sixteen outputs are the lanes of a vector; several blocks of sixteen are worked on at once, so that independent chains
+of multiply-adds hide their latency, while the words of each stream by in order. Sums of x (and the norm of x) are
+computed by every thread for itself: that is cheaper than a barrier for so few rows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from qcompile.lowering.mlir.decode import Reader, Scaling, reader
+from qcompile.lowering.mlir.decode import Reader, Scaling, readers
 from qcompile.lowering.mlir.epilogue import Epilogue
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.prologue import open_row, write_row, write_sums
@@ -41,7 +41,7 @@ def _has_terms(format: Any) -> bool:
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
-    """`params`: those of `linear.Shape`, and "rows": the rows of x it is written for. Needs M <= rows, and `scratch`."""
+    """`params`: those of `linear.Shape`, and "rows", the greatest M it is written for. Needs `scratch`."""
     shape, rows = Shape.of(params), params["rows"]
     t = Text(TEMPLATE.replace("-", "_"), f"y = epilogue(norm(x) @ W.T + bias), at most {rows} rows\n{shape}")
     _Gemv(t, target, shape, rows, bool(scratch(params, 1 << 20))).emit()
@@ -54,10 +54,7 @@ class _Gemv:
         self.operands = Operands.load(t, shape, needs_scratch)
         self.k = self.operands.k
         self.epilogue = Epilogue(t, shape, self.operands)
-        self.readers: list[Reader] = [
-            reader(t, target, format, stored, self.k)
-            for format, stored in zip(shape.parse(), self.operands.stored, strict=True)
-        ]
+        self.readers = readers(t, target, shape, self.operands)
         # Registers: rows * blocks sums of a group and as many totals, 32 vectors of 16 floats or half as many of 8.
         wide = target.isa == "avx512"
         self.blocks = max(1, (4 if wide else 2) // max(1, rows // 2))
@@ -75,7 +72,7 @@ class _Gemv:
                     self._section(section, [block])
 
     def _rows(self) -> tuple[list[Value], dict[int, list[Value]]]:
-        """Pointers to each (normalised) row of x, and for each group size to the sums of each row. Row M - 1 repeats."""
+        """Pointers to each (normalised) row of x and, by group size, to the sums of each row. Row M - 1 repeats."""
         t, operands = self.t, self.operands
         x = [operands.x.at((operands.m - 1).least(row) * self.k, "f32") for row in range(self.rows)]
         if operands.scratch is None:
@@ -102,9 +99,7 @@ class _Gemv:
         return x, sums
 
     def _section(self, section: Section, blocks: list[Value]) -> None:
-        totals = [
-            self._dot(self.readers[part], [block + start for block in blocks]) for part, start in section.streams
-        ]
+        totals = [self._dot(self.readers[part], [block + start for block in blocks]) for part, start in section.streams]
         for i, block in enumerate(blocks):
             for row in range(self.rows):
                 sums = [stream[i * self.rows + row] for stream in totals]

@@ -1,7 +1,7 @@
 """The template "linear-pack": rows of x, normalised where there is a norm in front, interleaved for "linear-gemm".
 
-Full tiles of `tile` rows come first, each as [K, tile]; the rows that are left follow as [K, width], where width is their
-number rounded up to a third of a tile, the last row repeated.
+Full tiles of `tile` rows come first, each as [K, tile]; the rows that are left follow as [K, width], where width is
+their number rounded up to a third of a tile, the last row repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from qcompile.dims import Dim, plus, times
-from qcompile.lowering.mlir.prologue import LANES, Row, open_row
+from qcompile.lowering.mlir.linear import LANES, norm_count
+from qcompile.lowering.mlir.prologue import Row, open_row
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
@@ -30,11 +31,11 @@ def rest_width(rest: Value, tile: int) -> Value:
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
-    """`params`: "tile", a multiple of 3, and "prologue" of `LinearSpec`. Args: x, packed, the norm's tensors. Dims: M, K."""
+    """`params`: "tile", a multiple of 3, and "prologue" of `LinearSpec`. Args: x, packed, norm tensors. Dims: M, K."""
     tile, prologue = params["tile"], params["prologue"]
     t = Text(TEMPLATE.replace("-", "_"), f"packed = norm(x) in tiles of {tile} rows; norm: {prologue}")
     x, packed = t.arg(0), t.arg(1)
-    norm = [t.arg(2 + i) for i in range({"": 0, "rms_norm": 1, "layer_norm": 2}[prologue["op"] if prologue else ""])]
+    norm = [t.arg(2 + i) for i in range(norm_count(prologue))]
     m, k = t.dim(0), t.dim(1)
     full = m // tile * tile
     rest = rest_width(m - full, tile)

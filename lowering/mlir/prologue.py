@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.lowering.mlir.linear import LANES
 from qcompile.lowering.mlir.memory import first_lanes, load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value, vector
-
-LANES = 16
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of K inputs whose statistics are taken: `read` gives inputs k .. k + lanes - 1, zeros where mask is false."""
+    """A row of K inputs whose statistics are taken: `read` gives inputs k .. k + lanes - 1, zeros without mask."""
 
     t: Text
     prologue: dict[str, Any] | None
