@@ -70,7 +70,7 @@ def _positions(config: Any) -> int:
     return most if isinstance(most, int) and most > 0 else MOST
 
 
-def _program(
+def program_of(
     shell: nn.Module, source: TensorSource, model_config: dict[str, Any], quantization: dict[str, Any] | None
 ) -> Program:
     """The Program of a hollow transformers model."""
@@ -217,7 +217,7 @@ def capture_model(model: Any) -> Program:
             remedy="pass the folder of the quantized checkpoint, or the float model and a config",
         )
     config = model.config.to_dict()
-    return _program(hollow_or_error(model), ModuleState(model), config, None)
+    return program_of(hollow_or_error(model), ModuleState(model), config, None)
 
 
 def capture_folder(folder: Path) -> Program:
@@ -230,7 +230,7 @@ def capture_folder(folder: Path) -> Program:
             break
     source = SafetensorsFolder(folder)
     shell = build(folder, config)
-    return _program(shell, renamed(source, shell), config, quantization)
+    return program_of(shell, renamed(source, shell), config, quantization)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

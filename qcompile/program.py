@@ -86,6 +86,9 @@ class Program:
         if not known.is_meta:
             return known
         stored = self.source.read(name) if by is None else self.ledger.read(name, by)
+        encoding = self.source.info(name).encoding
+        if encoding:
+            stored = self._decoded(name, stored, encoding)
         if stored.shape != known.shape:
             raise CheckpointError(
                 f"tensor '{name}' has another shape than the architecture",
@@ -98,6 +101,16 @@ class Program:
         if by is not None:
             self.tensors[name] = value
         return value
+
+    def _decoded(self, name: str, blocks: torch.Tensor, encoding: str) -> torch.Tensor:
+        from qcompile.evaluate import dequantize
+        from qcompile.format import format_class
+
+        format_, shape = format_class(f"gguf-{encoding}")(), self.tensors[name].shape
+        flipped = any(module.weight == name and module.kind == "Conv1D" for module in self.modules.values())
+        n, k = shape[::-1] if flipped else shape
+        value = dequantize(format_, {format_.stored(n, k)[0].name: blocks}, n, k)
+        return value.t() if flipped else value
 
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Runs the graph eagerly, one ATen or qcompile operator after another; outputs by name.
