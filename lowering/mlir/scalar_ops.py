@@ -69,8 +69,9 @@ def _remainder(t: Text, dtype: str, a: Value, b: Value) -> Value:
 
 
 def _sign(t: Text, dtype: str, a: Value) -> Value:
+    """-1, 0 or 1; 0 for NaN."""
     above = t.select(a > 0, t.constant(1, a.type), t.constant(0, a.type))
-    return t.select(a < 0, t.constant(-1, a.type), t.select(a.equals(a), above, a))
+    return t.select(a < 0, t.constant(-1, a.type), above)
 
 
 def _absolute(t: Text, dtype: str, a: Value) -> Value:
