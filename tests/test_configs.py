@@ -111,9 +111,7 @@ ERRORS: list[tuple[Any, str]] = [
     ),
     (
         4,
-        "this is not a quantization config\n"
-        "  found:    int\n"
-        "  expected: a config object, a dict, JSON text or None",
+        "this is not a quantization config\n  found:    int\n  expected: a config object, a dict, JSON text or None",
     ),
     (
         "{",
@@ -202,10 +200,7 @@ ERRORS: list[tuple[Any, str]] = [
     ),
     (
         {"quant_method": "eetq", "weights": "int4"},
-        "the eetq config has a value out of range\n"
-        "  where:    field 'weights'\n"
-        "  found:    'int4'\n"
-        "  expected: 'int8'",
+        "the eetq config has a value out of range\n  where:    field 'weights'\n  found:    'int4'\n  expected: 'int8'",
     ),
 ]
 

@@ -34,8 +34,8 @@ _PROVENANCE = ""  # says who wrote a checkpoint and how: nothing to report
 class AwqConfig(MethodConfig):
     """The fields of transformers' AwqConfig.
 
-    `bits` 2 to 8; `group_size` inputs share a scale, -1 is the whole row; `format` (also called `version`) is the storage
-    order: "gemm" (any width), "gemv", "gemv_fast" and "llm-awq" (4 bits).
+    `bits` 2 to 8; `group_size` inputs share a scale, -1 is the whole row; `format` (also called `version`) is the order
+    of storage: "gemm" (any width), "gemv", "gemv_fast" and "llm-awq" (4 bits).
     """
 
     method: ClassVar[str] = "awq"

@@ -114,9 +114,10 @@ class Skip:
 class Quantized:
     """The method quantizes a module.
 
-    `format` is how its weight is stored. `names` maps each stored tensor of the format to the source tensor that holds it;
-    it is empty when the weight is quantized on the fly. `also_claims` are source tensors that only describe the weight.
-    `note` is a line for the report.
+    `format` is how its weight is stored (numbers that depend on the weight, such as an offset, may differ in what
+    `quantize` makes). `names` maps each stored tensor of the format to the source tensor that holds it; it is empty
+    when the weight is quantized on the fly. `also_claims` are source tensors that only describe the weight. `note` is a line
+    for the report.
     """
 
     format: Format
@@ -126,7 +127,7 @@ class Quantized:
 
 
 class Method(Protocol):
-    """One `quant_method`. Methods hold no state; `modules` is every weight-holding module of the model, by path, in order."""
+    """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order."""
 
     name: str
     Config: type[MethodConfig]
@@ -138,10 +139,10 @@ class Method(Protocol):
     def select(
         self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
     ) -> Skip | Quantized:
-        """What happens to a module's weight, from headers only.
+        """What happens to a module's weight, from headers and the small tensors that describe it.
 
-        Raises ConfigError (a pattern that matches nothing, a group that does not divide K) and CheckpointError (a tensor
-        that is missing or has the wrong shape or dtype).
+        Raises ConfigError (a pattern that matches nothing, a group that does not divide K) and CheckpointError (a
+        tensor that is missing or has the wrong shape or dtype).
         """
         ...
 

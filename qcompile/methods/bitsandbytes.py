@@ -85,10 +85,10 @@ class BnbConfig(MethodConfig):
 
 
 def nearest(weight: torch.Tensor, table: tuple[float, ...], block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes u8 [n] and block scales f32 of a flat f32 weight [n]: the nearest entry of `table` after division by absmax.
+    """Codes u8 [n] and block scales f32 of a flat f32 weight [n]: the entry of `table` nearest to weight / absmax.
 
-    Source: bitsandbytes 0.50, `quantize_4bit` for CPUs: full blocks are multiplied by the reciprocal of absmax, a short last
-    block is divided by it, and a tie goes to the lower entry.
+    Source: bitsandbytes 0.50, `quantize_4bit` for CPUs: full blocks are multiplied by the reciprocal of absmax, a short
+    last block is divided by it, and a tie goes to the lower entry.
     """
     values = torch.tensor(table, dtype=torch.float32)
     order = torch.argsort(values, stable=True)  # fp4 has two zeros: 0, then 8
@@ -115,8 +115,8 @@ def nearest(weight: torch.Tensor, table: tuple[float, ...], block: int) -> tuple
 def quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Double quantization of block scales f32 [n]: codes u8 [n] of the "dynamic" table, their scales f32, the offset.
 
-    Source: bitsandbytes 0.50, the compiled `quantize_blockwise` for CPUs: a value is first moved to the nearest of 65536
-    points of [-1, 1], and that point's nearest entry is taken (CUDA compares with midpoints of entries directly).
+    Source: bitsandbytes 0.50, the compiled `quantize_blockwise` for CPUs: a value is first moved to the nearest of
+    65536 points of [-1, 1], and that point's nearest entry is taken.
     """
     offset = scales.mean()
     table = torch.tensor(entries("dynamic"), dtype=torch.float32)

@@ -25,7 +25,7 @@ _PREFIX = "gguf-"
 
 @dataclass(frozen=True)
 class GgufConfig(MethodConfig):
-    """The fields of transformers' GgufConfig: `dequantize` unpacks every weight to float32 when the model is compiled."""
+    """The fields of transformers' GgufConfig: `dequantize` unpacks every weight to float32 at compile time."""
 
     method: ClassVar[str] = "gguf"
     steering: ClassVar[Mapping[str, str]] = {"gguf_file": "the file is the model that was given"}

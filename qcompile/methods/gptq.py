@@ -1,4 +1,4 @@
-"""GPTQ: affine codes in groups along K, checkpoints of every version and width; without calibration data, round-to-nearest."""
+"""GPTQ: affine codes in groups along K; checkpoints of every version and width, and plain round-to-nearest."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class GptqConfig(MethodConfig):
     """The fields of transformers' GPTQConfig, and those that gptqmodel adds and that say how tensors are stored.
 
     `bits` 2 to 8 (5, 6 and 7 exist in gptqmodel only); `group_size` inputs share a scale, -1 is the whole row;
-    `format` "gptq" (stores zero - 1), "gptq_v2" or "gptq_p" (zero plain; planes of bits). `dynamic` maps patterns of module
-    paths to overrides of bits, group_size, sym and desc_act, or (prefix "-:") leaves them dense.
+    `format` "gptq" (stores zero - 1), "gptq_v2" or "gptq_p" (zero plain; planes of bits). `dynamic` maps patterns of
+    module paths to overrides of bits, group_size, sym and desc_act, or (prefix "-:") leaves them dense.
     """
 
     method: ClassVar[str] = "gptq"
@@ -47,9 +47,9 @@ class GptqConfig(MethodConfig):
         "max_input_length": "a buffer of another package's kernel: nothing here needs it",
     }  # fmt: skip
     foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("method", "quantizer", "damp_auto_increment", "static_groups", "mse", "model_name_or_path", "model_file_base_name",
-         "is_marlin_format", "offload_to_disk", "pack_impl", "use_exllama", "exllama_config", "disable_exllama",
-         "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"), _PROVENANCE)  # fmt: skip
+        ("method", "quantizer", "damp_auto_increment", "static_groups", "mse", "model_name_or_path",
+         "model_file_base_name", "is_marlin_format", "offload_to_disk", "pack_impl", "use_exllama", "exllama_config",
+         "disable_exllama", "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"), _PROVENANCE)  # fmt: skip
 
     bits: int
     tokenizer: Any = None
@@ -275,7 +275,7 @@ class Gptq:
         return stored.load(selected.format, selected.names, source, module)
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
-        """Round to nearest with GPTQ's own scale and zero (`find`); scales are stored in float16, as GPTQ always does."""
+        """Round to nearest with GPTQ's own scale and zero (`find`); scales are stored in float16, as always there."""
         from qcompile.pack import pack
 
         config = cast(GptqConfig, config)

@@ -1,4 +1,4 @@
-"""HQQ: affine codes with a float zero that an optimizer places, data-free and bit-exact; the checkpoint describes itself."""
+"""HQQ: affine codes with a float zero that a data-free solver places; a checkpoint describes itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from qcompile.dtypes import DTYPES, NAMES
+from qcompile.dtypes import DTYPES
 from qcompile.errors import CheckpointError, ConfigError, near
 from qcompile.methods import stored
 from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from qcompile.program import Module
     from qcompile.sources import TensorSource
 
+CHUNK = 1 << 17  # weights the solver works on at a time
 WIDTH = {8: 8, 6: 8, 5: 8, 4: 4, 3: 3, 2: 2, 1.58: 2, 1: 1}  # nbits -> bits of a stored code
 PACKING = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
 # Stored with each module beside W_q, scale and zero: they describe the weight.
 DESCRIPTION = (
-    "shape", "nbits", "group_size", "axis", "packing", "compute_dtype", "unpack_view_dtype", "view_as_float", "channel_wise",
-    "optimize", "round_zero", "quant_scale", "quant_zero", "offload_meta", "stores_quant_config", "encoded_state_dict",
+    "shape", "nbits", "group_size", "axis", "packing", "compute_dtype", "unpack_view_dtype", "view_as_float",
+    "channel_wise", "optimize", "round_zero", "quant_scale", "quant_zero", "offload_meta", "stores_quant_config",
+    "encoded_state_dict",
 )  # fmt: skip
 NEEDED = ("W_q", "scale", "zero", "shape", "group_size", "axis", "packing", "compute_dtype")
 
@@ -58,9 +60,9 @@ class HqqLayer:
 class HqqConfig(MethodConfig):
     """The fields of transformers' HqqConfig, and the `quant_config` that it saves instead of the first five.
 
-    `nbits` 8, 6, 5, 4, 3, 2, 1.58 or 1; `group_size` a multiple of 8, or None for whole rows; `axis` 1 groups run along the
-    inputs, 0 across the flattened weight. `dynamic_config` maps a linear tag ("self_attn.q_proj") to such fields; tags that
-    it lacks stay dense. `skip_modules` are tags.
+    `nbits` 8, 6, 5, 4, 3, 2, 1.58 or 1; `group_size` a multiple of 8, or None for whole rows; `axis` 1: groups run
+    along the inputs, 0: across the flattened weight. `dynamic_config` maps a linear tag ("self_attn.q_proj") to such fields;
+    tags that it lacks stay dense. `skip_modules` are tags.
     """
 
     method: ClassVar[str] = "hqq"
@@ -162,11 +164,11 @@ def tag(path: str) -> str:
 
 
 def optimize(weight: torch.Tensor, layer: HqqLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """HQQ's half-quadratic solver: codes, scale and zero (f32) of a grouped weight [groups, size] (axis 0: [size, groups]).
+    """HQQ's half-quadratic solver: f32 codes, scale, zero of a grouped weight [groups, size] (axis 0: [size, groups]).
 
-    The scale is found once; the zero moves for at most 20 rounds, until the mean error of the whole tensor stops falling.
-    Source: hqq 0.2.8, `optimize_weights_proximal_legacy` (its beta never changes); every operation is in its order, since
-    the result is compared bit for bit.
+    The scale is found once; the zero moves for at most 20 rounds, until the mean error of the whole tensor stops
+    falling. Source: hqq 0.2.8, `optimize_weights_proximal_legacy` (its beta never changes); every operation is in its
+    order, since the result is compared bit for bit.
     """
     axis, top = layer.axis, round(2**layer.nbits - 1)
     lo, hi = weight.amin(axis, keepdim=True), weight.amax(axis, keepdim=True)
@@ -175,19 +177,38 @@ def optimize(weight: torch.Tensor, layer: HqqLayer) -> tuple[torch.Tensor, torch
     zero = -lo * scale
     if layer.round_zero if layer.round_zero is not None else layer.nbits == 4:
         zero = torch.round(zero)
-    best, rounds = float("inf"), 20 if layer.optimize else 0
-    for _ in range(rounds):
-        code = torch.round(weight * scale + zero).clamp_(0, top)
-        residual = weight - (code - zero) / scale
-        error = float(residual.abs().mean())
-        size = residual.abs()
-        size.sub_((1.0 / 10.0) * size.pow(0.7 - 1)).clamp_min_(0.0)
-        shrunk = size.mul_(torch.sign(residual))
-        zero = torch.mean(code - (weight - shrunk) * scale, dim=axis, keepdim=True)
+    best, errors = float("inf"), torch.empty_like(weight)
+    for _ in range(20 if layer.optimize else 0):
+        # Groups do not meet before the mean error: rows are taken a cache's worth at a time. Columns are not, because
+        # the order in which a column is summed, and so its last bit, depends on the columns beside it.
+        step = max(1, CHUNK // weight.shape[1]) if axis == 1 else weight.shape[0]
+        moved = [
+            _move(w, s, z, top, axis, out)
+            for w, s, z, out in zip(
+                torch.split(weight, step),
+                torch.split(scale, step if axis == 1 else 1),
+                torch.split(zero, step if axis == 1 else 1),
+                torch.split(errors, step),
+                strict=True,
+            )
+        ]
+        zero, error = torch.cat(moved), float(errors.mean())
         if not error < best:
             break
         best = error
-    return torch.round(weight * scale + zero).clamp_(0, top), 1.0 / scale, zero
+    return (weight * scale).add_(zero).round_().clamp_(0, top), 1.0 / scale, zero
+
+
+def _move(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int, axis: int, errors: torch.Tensor
+) -> torch.Tensor:
+    """The next zero of some groups; the size of what is lost with the present one goes to `errors`."""
+    code = (weight * scale).add_(zero).round_().clamp_(0, top)
+    lost = weight - (code - zero).div_(scale)
+    torch.abs(lost, out=errors)
+    shrunk = errors.pow(0.7 - 1).mul_(1.0 / 10.0)
+    torch.sub(errors, shrunk, out=shrunk).clamp_min_(0.0).mul_(lost.sign_())
+    return torch.mean(code - (weight - shrunk).mul_(scale), dim=axis, keepdim=True)
 
 
 class Hqq:
@@ -258,7 +279,7 @@ class Hqq:
             raise refuse("shape", described["shape"].tolist(), f"{[module.n, module.k]}")
         packing, dtype = (_text(described[name]) for name in ("packing", "compute_dtype"))
         dtype = dtype.removeprefix("torch.")
-        short = NAMES.get(getattr(torch, dtype, None)) if dtype in ("float16", "bfloat16", "float32") else None
+        short = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}.get(dtype)
         if packing not in PACKING:
             raise refuse("packing", repr(packing), ", ".join(PACKING))
         if short is None:

@@ -80,7 +80,7 @@ def ends(pattern: str, path: str) -> bool:
 def check(
     field: str, patterns: Iterable[str], paths: Iterable[str], method: str, rule: Callable[[str, str], bool] = matches
 ) -> None:
-    """Raise ConfigError when a pattern of the config's `field` is no regular expression or, by `rule`, matches no path."""
+    """Raise ConfigError when a pattern of the config's `field` is no regular expression or, by `rule`, matches none."""
     _check(field, tuple(patterns), tuple(paths), method, rule)
 
 
@@ -90,6 +90,8 @@ def _check(
 ) -> None:
     for pattern in patterns:
         try:
+            if rule is matches:
+                re.compile(pattern)
             hit = any(rule(pattern, path) for path in paths)
         except re.error as error:
             raise ConfigError(
@@ -99,7 +101,10 @@ def _check(
                 expected="a module name or a regular expression",
             ) from None
         if not hit:
-            close = get_close_matches(pattern, sorted({*paths, *(path.rsplit(".", 1)[-1] for path in paths)}), n=3)
+            known = sorted(
+                {*paths, *(path.rsplit(".", 1)[-1] for path in paths if rule(path.rsplit(".", 1)[-1], path))}
+            )
+            close = get_close_matches(pattern, known, n=3) or [name for name in known if pattern in name][:3]
             raise ConfigError(
                 f"the {method} config has a pattern that matches no module",
                 where=f"field {field!r}",

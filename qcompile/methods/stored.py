@@ -30,7 +30,8 @@ def require(names: Mapping[str, str], wanted: Sequence[str], module: Module, met
             where=module.path,
             found=", ".join(sorted(names)) or "no tensor of the module",
             expected=", ".join(wanted),
-            remedy=f"the checkpoint is incomplete: it must hold {', '.join(f'{module.path}.{name}' for name in missing)}",
+            remedy="the checkpoint is incomplete: it must hold "
+            + ", ".join(f"{module.path}.{name}" for name in missing),
         )
 
 
