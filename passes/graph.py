@@ -117,7 +117,7 @@ def infer(program: Program) -> None:
 def substitute(old: Node, new: Node) -> None:
     """`new` takes the place of `old` everywhere; the next check makes sure that it has the same type."""
     if "val" not in new.meta:
-        new.meta["expected"] = old.meta["val"]
+        new.meta["expected"] = old.meta["val"] if "val" in old.meta else old.meta["expected"]
     elif not same_type(new.meta["val"], old.meta["val"]):
         raise InternalError(
             "a rewrite changed the type of a value",
