@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -109,11 +110,16 @@ def dequantize(
     """
     device = next(iter(tensors.values())).device
     rows = torch.arange(N, device=device) if rows is None else rows.to(device=device, dtype=torch.int64)
-    value, columns = simplify(format.weight(N, K), coordinates(N, K)), torch.arange(K, device=device)
+    value, columns = _weight(format, N, K), torch.arange(K, device=device)
     out = torch.empty(len(rows), K, dtype=torch.float32, device=device)
     for at in row_chunks(len(rows), K):
         out[at[0] : at[-1] + 1] = Reader(tensors, rows[at[0] : at[-1] + 1], columns)(value)
     return out
+
+
+@functools.lru_cache(maxsize=256)  # an embedding decodes a few rows at every step
+def _weight(format: Format, N: int, K: int) -> Expr:
+    return simplify(format.weight(N, K), coordinates(N, K))
 
 
 def row_chunks(N: int, K: int) -> Iterator[torch.Tensor]:

@@ -146,6 +146,7 @@ def _pieces(name: str, expr: Expr, stored: Mapping[str, Stored], simple: Simplif
                 low += width
         elif expr.op == "load":
             s = stored[expr.attr[0]]
+            dtype = s.dtype if s.dtype in FLOATS else dtype
             yield _Piece(name, s, simple(expr), const(0), 8 * itemsize(s.dtype), low, less, 0, dtype)
         elif expr.op == "bits":
             word, added = expr.args[0], 0
@@ -163,37 +164,31 @@ def _pieces(name: str, expr: Expr, stored: Mapping[str, Stored], simple: Simplif
 
 
 def _fill(s: Stored, pieces: list[_Piece], fields: Tensors, done: Tensors, simple: Simplifier) -> torch.Tensor:
-    """One stored tensor. Integer words are cut into slots of equal width, which are scattered and then joined."""
-    real = s.dtype in FLOATS
-    word = 8 * itemsize(s.dtype)
-    unit = word if real else math.gcd(*(math.gcd(piece.width, simple.step(piece.shift)) for piece in pieces))
-    per = word // unit
+    """One stored tensor: its words are cut into slots of equal width, which are scattered and then joined."""
     (N, K), device = next(iter(fields.values())).shape, next(iter(fields.values())).device
-    slots_dtype = DTYPES[s.dtype] if real else torch.uint8 if unit <= 8 else torch.int32
-    slots = torch.zeros(math.prod(s.shape) * per, dtype=slots_dtype, device=device)
+    word = 8 * itemsize(s.dtype)
+    unit = math.gcd(*(math.gcd(piece.width, simple.step(piece.shift)) for piece in pieces))
+    per = word // unit
+    slots = torch.zeros(math.prod(s.shape) * per, dtype=torch.uint8 if unit <= 8 else torch.int32, device=device)
     for rows in row_chunks(N, K):
-        reader = Reader(done, rows, torch.arange(K))
+        reader = Reader(done, rows.to(device), torch.arange(K, device=device))
         for piece in pieces:
             place = reader.address(piece.load) * per + reader(piece.shift) // unit
             value = fields[piece.field][rows[0] : rows[-1] + 1][: place.shape[0], : place.shape[1]]
-            if real:
-                _scatter(slots, place, value)
-                continue
+            if (place[0, 1:] == place[0, :-1]).any():  # scales: write once a group what every input of it says
+                first = torch.nn.functional.pad((place[:, 1:] != place[:, :-1]).any(0), (1, 0), value=True)
+                place, value = place[:, first], value[:, first]
             value = piece.integer(value)
             for j in range(piece.width // unit):
                 part = value >> (piece.low + j * unit) if piece.low + j * unit else value
-                _scatter(slots, place + j if j else place, part & ((1 << unit) - 1) if unit < 32 else part)
-    if per == 1:
-        return slots.to(DTYPES[s.dtype]).reshape(s.shape)
+                part = part & ((1 << unit) - 1) if unit < 32 else part
+                slots.scatter_(0, (place + j).reshape(-1), part.expand(place.shape).reshape(-1).to(slots.dtype))
     slots = slots.reshape(-1, per)
     words = slots[:, 0].to(torch.int32)
     for j in range(1, per):
         words |= slots[:, j].to(torch.int32) << (j * unit)
-    return (words - max(piece.added for piece in pieces)).to(DTYPES[s.dtype]).reshape(s.shape)
-
-
-def _scatter(slots: torch.Tensor, place: torch.Tensor, value: torch.Tensor) -> None:
-    slots.scatter_(0, place.reshape(-1), value.expand(place.shape).reshape(-1).to(slots.dtype))
+    words = words - max(piece.added for piece in pieces)
+    return words.to(_INTEGERS[word // 8]).view(DTYPES[s.dtype]).reshape(s.shape)
 
 
 def _verify(format: Format, packed: Tensors, simple_fields: Mapping[str, Expr], fields: Tensors) -> None:
