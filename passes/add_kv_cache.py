@@ -11,6 +11,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from qcompile.dtypes import NAMES
+from qcompile.errors import CaptureError
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import arguments, call, expression, fake_mode, is_call, substitute
 from qcompile.program import Input, Program
@@ -58,8 +59,15 @@ class AddKvCache(Pass):
 
     def run(self, program: Program, ctx: Context) -> int:
         found = [n for n in program.graph.graph.nodes if is_call(n, qc.attention.default) and arguments(n)["causal"]]
-        if program.kind != "causal-lm" or not found or not ctx.take():
+        if program.kind != "causal-lm" or (found and not ctx.take()):
             return 0
+        if not found:
+            raise CaptureError(
+                "no attention was found that could be given a cache",
+                where=str(program.model_config.get("architectures") or "the model"),
+                expected="causal attention through transformers' attention interface",
+                remedy="pass example_inputs to compile it as a plain module, without a cache",
+            )
         with fake_mode(program):
             types = torch.empty(1, dtype=torch.int64), torch.empty(_batch(program), dtype=torch.int64)
         ports = [_placeholder(program, name, value) for name, value in zip(("past", "start"), types, strict=True)]

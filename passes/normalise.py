@@ -19,11 +19,12 @@ aten = torch.ops.aten
 NO_OPS = {
     aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default, aten.alias.default,
     aten.detach.default, aten.detach_.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh.default,
-    aten.lift_fresh_copy.default, aten.to.dtype, aten.slice.Tensor, aten.expand.default, aten.view.default,
-    aten.reshape.default, aten.view_as.default, aten.expand_as.default,
+    aten.lift_fresh_copy.default, aten.to.dtype, aten.slice.Tensor, aten.expand.default, aten.reshape.default,
+    aten.expand_as.default,
 }  # fmt: skip
 """Operators that give their first argument back when it has the result's type."""
 
+VIEWS = {aten.view.default, aten._unsafe_view.default}
 CASTS = {aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default}
 NOISE = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
 
@@ -67,7 +68,7 @@ def _bias_is_a_vector(match: Match) -> str | None:
 
 
 def _flat_linear(x: Any, flat: Any, w: Any, bias: Any, back: Any) -> Any:
-    return aten.view.default(aten.linear.default(aten.view.default(x, flat), w, bias), back)
+    return aten.reshape.default(aten.linear.default(aten.reshape.default(x, flat), w, bias), back)
 
 
 def _keeps_rows(match: Match) -> str | None:
@@ -87,7 +88,7 @@ def _outer(column: Any, row: Any) -> Any:
 
 def _is_outer(match: Match) -> str | None:
     left, right = shape(match["column"]), shape(match["row"])
-    return None if len(left) == len(right) > 1 and left[-1] == right[-2] == 1 else "more than one product is summed"
+    return None if len(left) == len(right) > 1 and left[-1] == right[-2] == 1 else ""
 
 
 def _outer_t(column: Any, row: Any, a: int, b: int) -> Any:
@@ -96,7 +97,7 @@ def _outer_t(column: Any, row: Any, a: int, b: int) -> Any:
 
 def _small_factors(match: Match) -> str | None:
     ranks = [match[name].meta["val"].dim() for name in ("column", "row")]
-    return None if ranks[0] == ranks[1] else "the factors differ in rank"
+    return None if ranks[0] == ranks[1] else ""
 
 
 def _t_outer(column: Any, row: Any, a: int, b: int) -> Any:
@@ -112,7 +113,7 @@ def _is_table(match: Match) -> str | None:
     """Angles of a rotary embedding: positions [.., 1] times frequencies [n], once for each half of a head."""
     x, table = match["x"], match["table"]
     if not _is_parameter(table, 1) or shape(x)[-1] != 1 or match["dim"] % len(shape(x)) != len(shape(x)) - 1:
-        return "the parts are not one column times a stored row"
+        return ""
     return None
 
 
@@ -153,11 +154,15 @@ def _drop_noise(program: Program) -> int:
     return dropped
 
 
-def _plain_casts(program: Program) -> int:
-    """One spelling of a change of dtype: aten.to.dtype."""
+def _one_spelling(program: Program) -> int:
+    """A change of dtype is aten.to.dtype, one of shape aten.reshape: that holds however its input lies in memory, which other
+    rewrites may change."""
     count = 0
     for node in list(program.graph.graph.nodes):
-        if is_call(node, *CASTS):
+        if is_call(node, *VIEWS):
+            node.target = aten.reshape.default
+            count += 1
+        elif is_call(node, *CASTS):
             substitute(node, call(node, aten.to.dtype, (node.args[0], node.meta["val"].dtype), "normalise"))
             count += 1
     return count
@@ -207,7 +212,7 @@ class Normalise(Pass):
     """One form of everything that later passes look for.
 
     linear, addmm, mm, matmul, baddbmm and Conv1D with a stored weight become `aten.linear(x, w, bias)` with w [N, K], where w
-    is a stored tensor or `aten.t` of one; casts become `aten.to.dtype`; splits become slices; operators that change nothing,
+    is a stored tensor or `aten.t` of one; casts become `aten.to.dtype`, views `aten.reshape`; splits become slices; operators that change nothing,
     and checks that export left behind, go.
     """
 
@@ -218,7 +223,7 @@ class Normalise(Pass):
         total = _drop_noise(program)
         while True:
             count = 0
-            for step in (_plain_casts, _drop_no_ops, _slices):
+            for step in (_one_spelling, _drop_no_ops, _slices):
                 count += step(program)
                 infer(program)
             for pattern in PATTERNS:

@@ -42,7 +42,7 @@ class Pattern:
     Both take the same arguments, in order. `find` is traced once: each argument matches any value (the same value when it is
     named twice), each operator the same operator, each number itself; additions and multiplications match in both orders.
     `replace` is called for each match with the values found: nodes as FX proxies, numbers, strings and None as they are.
-    `where` may give a reason why a match must be left alone. Nodes inside a match may not be used outside it, unless their
+    `where` may give a reason why a match must be left alone ("" for one not worth keeping). Nodes inside a match may not be used outside it, unless their
     operator is in `shared`: those stay for their other users.
     `key` is the operator that makes a failed attempt worth a refusal, once it is among the nodes that agree; without a key
     only what `where` says, and values used elsewhere, are refusals.
@@ -146,13 +146,13 @@ def match(pattern: Pattern, node: Node) -> Match | str | None:
     if not is_call(node, root.target):
         return None
     matcher = _Matcher(pattern.key)
-    reason = ""
+    reason: str | None = ""
     for state in matcher.node(root, node, {}):
         values = {str(p.target): state.get(p) for p in graph.nodes if p.op == "placeholder"}
         inside = [found for p, found in state.items() if p.op == "call_function"]
         made = Match(node, values, inside)
-        reason = _objection(pattern, made) or ""
-        if not reason:
+        reason = _objection(pattern, made)
+        if reason is None:
             return made
     if reason:
         return reason

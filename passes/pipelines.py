@@ -25,6 +25,7 @@ PASSES: dict[str, str] = {
     "fuse-epilogue": "qcompile.passes.fuse_epilogue:FuseEpilogue",
     "fuse-prologue": "qcompile.passes.fuse_prologue:FusePrologue",
     "fold-constants": "qcompile.passes.fold_constants:FoldConstants",
+    "simplify-masks": "qcompile.passes.simplify_masks:SimplifyMasks",
     "form-regions": "qcompile.passes.form_regions:FormRegions",
     "drop-dead-code": "qcompile.passes.drop_dead_code:DropDeadCode",
     "account-for-weights": "qcompile.passes.account_for_weights:AccountForWeights",
@@ -45,6 +46,7 @@ FULL: tuple[str, ...] = (
     "fuse-epilogue",
     "fuse-prologue",  # after merging: one linear then normalises once, not three
     "fold-constants",  # what is left of tables and masks
+    "simplify-masks",  # after folding, which finds masks that are constants
     "share-subexpressions",
     "form-regions",  # what no other pass took in
     "drop-dead-code",

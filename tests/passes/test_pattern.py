@@ -62,7 +62,7 @@ def test_shared_nodes_stay_for_their_other_users() -> None:
 
 
 def test_numbers_must_be_equal() -> None:
-    scaled = Pattern("double", lambda x: aten.mul.Tensor(x, 2.0), lambda x: aten.add.Tensor(x, x))
+    scaled = Pattern("double", lambda x: aten.mul.Tensor(x, 2.0), lambda x: aten.add.Tensor(x, x), key=aten.mul.Tensor)
     assert rewritten(lambda x: x * 2.0, scaled)[0] == 1
     count, _, refusals = rewritten(lambda x: x * 3.0, scaled)
     assert count == 0 and refusals[0].reason == "expected 2.0, found 3.0"
