@@ -116,8 +116,8 @@ class Quantized:
 
     `format` is how its weight is stored (numbers that depend on the weight, such as an offset, may differ in what
     `quantize` makes). `names` maps each stored tensor of the format to the source tensor that holds it; it is empty
-    when the weight is quantized on the fly. `also_claims` are source tensors that only describe the weight. `note` is a line
-    for the report.
+    when the weight is quantized on the fly. `also_claims` are source tensors that only describe the weight. `note` is
+    a line for the report.
     """
 
     format: Format

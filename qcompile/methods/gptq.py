@@ -49,7 +49,8 @@ class GptqConfig(MethodConfig):
     foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("method", "quantizer", "damp_auto_increment", "static_groups", "mse", "model_name_or_path",
          "model_file_base_name", "is_marlin_format", "offload_to_disk", "pack_impl", "use_exllama", "exllama_config",
-         "disable_exllama", "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"), _PROVENANCE)  # fmt: skip
+         "disable_exllama", "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"),
+        _PROVENANCE)  # fmt: skip
 
     bits: int
     tokenizer: Any = None

@@ -61,8 +61,8 @@ class HqqConfig(MethodConfig):
     """The fields of transformers' HqqConfig, and the `quant_config` that it saves instead of the first five.
 
     `nbits` 8, 6, 5, 4, 3, 2, 1.58 or 1; `group_size` a multiple of 8, or None for whole rows; `axis` 1: groups run
-    along the inputs, 0: across the flattened weight. `dynamic_config` maps a linear tag ("self_attn.q_proj") to such fields;
-    tags that it lacks stay dense. `skip_modules` are tags.
+    along the inputs, 0: across the flattened weight. `dynamic_config` maps a linear tag ("self_attn.q_proj") to such
+    fields; tags that it lacks stay dense. `skip_modules` are tags.
     """
 
     method: ClassVar[str] = "hqq"

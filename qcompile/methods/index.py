@@ -40,8 +40,8 @@ def parse_config(
     """The method and typed config that a caller asks for; None when nothing is to be quantized.
 
     `config` is one of our configs, a transformers config object (anything with `to_dict()`), a dict, JSON text, or
-    None: then the `quantization_config` of `model_config` holds, or the source is a GGUF file (`gguf`), or there is none. A
-    config beside one that the checkpoint brings must say the same: the stored weights are what they are.
+    None: then the `quantization_config` of `model_config` holds, or the source is a GGUF file (`gguf`), or there is
+    none. A config beside one that the checkpoint brings must say the same: the stored weights are what they are.
     """
     own = _from_checkpoint(model_config or {}, gguf)
     if config is None:
