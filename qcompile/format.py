@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import types
@@ -145,7 +146,7 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     Dense(dtype='f16')
     """
     cls = format_class(data.get("kind", ""))
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     known = {f.name: f for f in fields(typing.cast(Any, cls))}
     values: dict[str, Any] = {}
     for name, value in data.items():
@@ -160,6 +161,9 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
             raise ArtifactError(f"format '{cls.kind}' has a wrong '{name}'", found=repr(value), expected=expected)
         values[name] = value
     return cls(**values)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _fits(value: Any, hint: Any) -> bool:

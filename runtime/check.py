@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from qcompile import dims
-from qcompile.artifact import Artifact, Buffer, Call, Executable, Graph, Port, View
+from qcompile import dims, operators
+from qcompile.artifact import Artifact, Buffer, Call, Executable, Graph, Port, View, WeightRecord
 from qcompile.dims import Dim
 from qcompile.dtypes import DTYPES, NAMES
-from qcompile.errors import ArtifactError, near
-from qcompile.runtime import operators
+from qcompile.errors import ArtifactError, QCompileError, near
+from qcompile.runtime.inputs import check_indices
 
 MAX_STEPS, MAX_RANK, MAX_DEPTH = 1_000_000, 16, 32
 KERNEL_NAME = re.compile(r"[a-z0-9_-]{1,128}")
@@ -171,8 +171,9 @@ def check_graph(graph: Graph) -> set[str]:
                 if type(value) is not str:
                     raise _fail("a tensor's name is not a text", where, repr(value))
                 tensors.add(value)
-            if key not in ("node", "tensor", "dtype", "device", "float", "memory_format"):
-                raise _fail("an operator's argument is not known", where, repr(key))
+            known_value = {"device": ["run"], "memory_format": list(operators.MEMORY_FORMATS)}.get(key, [value])
+            if key not in ("node", "tensor", "dtype", "device", "float", "memory_format") or value not in known_value:
+                raise _fail("an operator's argument is not known", where, repr({key: value}))
 
     for node in graph.nodes:
         if node.name in made:
@@ -205,6 +206,23 @@ def _structure(structure: Any, outputs: set[str], depth: int = 0) -> None:
         _structure(part, outputs, depth + 1)
 
 
+def _record(path: str, record: WeightRecord, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The tensors of a weight are those of its format, and its rows and order lie inside it."""
+    from qcompile.format import Packed, format_from_json
+
+    try:
+        held = {stored: tensors[name] for stored, name in record.tensors.items()}
+        Packed(format_from_json(record.format), held, record.n, record.k).check(path)
+        if record.order is not None:
+            check_indices(record.order, tensors[record.order], record.k)
+    except (QCompileError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise _fail("a weight's tensors are not those of its format", path, error, record.format) from error
+    if record.row < 0 or record.rows < 0 or record.row + record.rows > record.n:
+        raise _fail("a weight's rows lie outside it", path, f"{record.rows} from {record.row}", f"inside {record.n}")
+    if record.order is not None and tuple(tensors[record.order].shape) != (record.k,):
+        raise _fail("a weight's order has the wrong shape", path, list(tensors[record.order].shape), [record.k])
+
+
 def check_artifact(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> None:
     """ArtifactError unless the artifact's parts fit each other and use all of `tensors`, and only those."""
     used: set[str] = set()
@@ -234,6 +252,8 @@ def check_artifact(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> N
         raise _fail("a weight is missing", name, "nothing", "a tensor of the weights file")
     for name in sorted(tensors.keys() - used):
         raise _fail("a weight is not used", name, expected="tensors that the program or a module names")
+    for path, record in artifact.weights.items():
+        _record(path, record, tensors)
     for name, (least, most) in artifact.sizes.items():
         if not 0 <= least <= most:
             raise _fail("the bounds of a size are not sound", name, (least, most))

@@ -27,10 +27,16 @@ def check_indices(name: str, tensor: torch.Tensor, below: int) -> None:
 
 
 class Signature:
-    """The inputs of a program: `ports`, the buffers they fill, and the bounds of the named sizes."""
+    """The inputs of a program: `ports`, the buffers they fill, the bounds of the named sizes.
+
+    `longest` is how many positions a conversation may have, None where nothing says so.
+    """
 
     def __init__(self, ports: Iterable[Port], buffers: Mapping[str, Buffer], limits: Mapping[str, tuple[int, int]]):
         self.ports, self.limits = {port.name: port for port in ports}, limits
+        # A position past what one prompt may have is past what the model knows.
+        bounds = [limits[name][1] for name in (LENGTH, CAPACITY) if name in limits]
+        self.longest = min(bounds) if bounds else None
         self.below: dict[str, Dim] = {
             port.name: below for port in self.ports.values() if (below := buffers[port.view.buffer].below) is not None
         }
@@ -65,8 +71,7 @@ class Signature:
                     f"the size {name!r} is out of range", found=sizes[name], expected=f"{least} to {most}"
                 )
         if state is not None:
-            _, most = self.limits.get(CAPACITY, (0, None))
-            state.reserve(state.length + sizes[LENGTH], most)
+            state.reserve(state.length + sizes[LENGTH], self.longest)
             sizes.update(state.sizes)
         for name, axis, dim, found in later:
             if evaluate(dim, sizes) != found:

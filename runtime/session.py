@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from qcompile import operators
 from qcompile.artifact import Built, Executable, Port
 from qcompile.dtypes import DTYPES
 from qcompile.errors import ArtifactError
-from qcompile.runtime import native, operators
+from qcompile.runtime import native
 from qcompile.runtime.inputs import LENGTH, Signature, bind_weights
 from qcompile.runtime.memory import ALIGNMENT, aligned, allocate, empty
 from qcompile.runtime.plan import Eager, Native, Plan, Window, is_eager, make_plan

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qcompile import codec
 from qcompile.artifact import Artifact, Executable, View
-from qcompile.dtypes import DTYPES
+from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import ArtifactError
 from qcompile.runtime import folder, store
 from qcompile.runtime.memory import ALIGNMENT
@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_the_old_artifact(tmp_path, monkeypatch, at):
         return write(*arguments)
 
     monkeypatch.setattr(folder, "_write", failing)
-    with pytest.raises(ArtifactError, match="the artifact cannot be written\n.*\n.*No space left"):
+    with pytest.raises(ArtifactError, match=r"the artifact cannot be written\n.*\n.*No space left"):
         store.write(path, artifacts.contents(accuracy="int8"))
     assert snapshot(path) == before and os.listdir(tmp_path) == ["m.qc"]
 
@@ -123,10 +123,9 @@ def test_tensors_of_every_dtype_and_name_survive(tmp_path_factory, spec):
         raw = torch.randint(0, 2 if dtype == "bool" else 256, (size,), dtype=torch.uint8, generator=generator)
         tensors[name] = raw.view(DTYPES[dtype]).view(shape) if size else torch.empty(shape, dtype=DTYPES[dtype])
     path = tmp_path_factory.mktemp("t") / "m.qc"
-    program = Executable({}, (), (), ())
-    order = dict(sorted(tensors.items()))
-    records = {"all": artifacts.WeightRecord({}, {name: name for name in order}, 1, 1, 0, 1)}
-    store.write(path, store.Contents(Artifact("cpu:test", "module", executable=program, weights=records), tensors))
+    buffers = {name: small.buffer(name, "weight", tuple(t.shape), NAMES[t.dtype]) for name, t in tensors.items()}
+    program = Executable(buffers, (), (), ())
+    store.write(path, store.Contents(Artifact("cpu:test", "module", executable=program), tensors))
     read = store.read(path).tensors
     foreign = safetensors.torch.load_file(path / "weights.safetensors")
     assert read.keys() == tensors.keys() == foreign.keys()

@@ -38,6 +38,12 @@ ATEN = frozenset(
     """.split()  # noqa: SIM905  a list of quoted names would fill a page
 )
 QCOMPILE = frozenset({"attention", "cached_attention", "dequantize", "embedding", "linear", "rms_norm", "rope"})
+MEMORY_FORMATS = {
+    "contiguous_format": torch.contiguous_format,
+    "preserve_format": torch.preserve_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
 SCALAR: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     "sym.add": operator.add,

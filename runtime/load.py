@@ -1,0 +1,66 @@
+"""From a folder to a compiled model: the data are checked, kernels are made anew or, on request, trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from qcompile.errors import ArtifactError, ConfigError, ToolchainError
+from qcompile.runtime.cache import Builder, build_kernels
+from qcompile.runtime.model import CompiledModel
+from qcompile.runtime.store import read
+from qcompile.target import target as target_of
+
+_TRUST = 'pip install torch-mlir, or load(..., native="trusted") if you trust who made the artifact'
+
+
+def load(
+    path: str | Path,
+    target: str | None = None,
+    native: Literal["rebuild", "trusted"] = "rebuild",
+    *,
+    builder: Builder | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+    cache: Path | None = None,
+) -> CompiledModel:
+    """The compiled model in the folder `path`.
+
+    `target` is where it runs: None for the one it was compiled for, "reference" or "reference:<torch device>" for its
+    graph in torch, or another CPU level. With native="rebuild" nothing in the folder is executed: `builder` makes the
+    kernels again from data, kept in `cache` (the user's folder, if None) by content. With native="trusted" the objects
+    in the folder are linked and run: they are programs. `verify` compares the digest of the weights.
+    Errors: ArtifactError for a folder that is damaged or not for this machine, ToolchainError without a compiler.
+    """
+    if native not in ("rebuild", "trusted"):
+        raise ConfigError("native is not known", found=repr(native), expected="'rebuild' or 'trusted'")
+    contents = read(path, trusted=native == "trusted", verify=verify)
+    artifact = contents.artifact
+    on = target_of(artifact.target if target is None else target)
+    if on.backend == "reference":
+        return CompiledModel(contents, on=on)
+    if artifact.executable is None:
+        raise ArtifactError("the artifact has no kernels", where=str(path), found=f"target {artifact.target}",
+                            remedy=f'target="{artifact.target}"')  # fmt: skip
+    missing = on.missing()
+    if missing:
+        raise ArtifactError("the artifact is for another machine", where=str(path), found="no " + ", ".join(missing),
+                            expected=on.name, remedy='target="reference" runs anywhere')  # fmt: skip
+    if native == "trusted":
+        if on.name != target_of(artifact.target).name:
+            raise ArtifactError("the objects are for another target", where=str(path), found=artifact.target,
+                                expected=on.name, remedy='native="rebuild"')  # fmt: skip
+        absent = sorted(artifact.executable.kernels.keys() - contents.kernels.keys())
+        if absent:
+            raise ArtifactError("the artifact holds no object for a kernel", where=str(path), found=absent[0],
+                                remedy='native="rebuild"')  # fmt: skip
+        return CompiledModel(contents, on=on, threads=threads)
+    if builder is None:
+        raise ToolchainError("kernels cannot be built here", where=str(path), found="no compiler", remedy=_TRUST)
+    try:
+        kernels = build_kernels(artifact.executable.kernels, on.name, builder, cache)
+    except ToolchainError as error:
+        raise ToolchainError(error.summary, where=error.where or str(path), found=error.found, expected=error.expected,
+                             remedy=_TRUST) from error  # fmt: skip
+    return CompiledModel(dataclasses.replace(contents, kernels=kernels), on=on, threads=threads)
