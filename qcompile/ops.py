@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SMALLEST_ACTIVATION = 1e-30
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -44,8 +45,8 @@ class LinearSpec:
     give act(first half) * second half, so y has N/2 columns.
     Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a
     prologue; one for each add or mul.
-    `accuracy` is "exact" (float activations) or "int8" (activations rounded by `round_activations` per `act_group` inputs,
-    value tables by `round_table`).
+    `accuracy` is "exact" (float activations) or "int8" (activations rounded by `round_activations` per `act_group`
+    inputs, value tables by `round_table`).
     """
 
     k: int
@@ -141,11 +142,15 @@ def round_table(table: Sequence[float]) -> tuple[list[int], float]:
 
 
 def round_activations(x: Tensor, group: int) -> Tensor:
-    """x [..., K] with every `group` inputs rounded to int8 codes of one scale max|x| / 127 (half to even), as float."""
+    """x [..., K] with every `group` inputs rounded to int8 codes of one scale max|x| / 127 (half to even), as float.
+
+    A group of nothing but numbers below `SMALLEST_ACTIVATION` becomes 0.
+    """
     k = x.shape[-1]
     padded = functional.pad(x, (0, -k % group)).unflatten(-1, (-1, group))
-    most = padded.abs().amax(-1, keepdim=True)
-    codes = torch.round(padded * torch.where(most > 0, 127.0 / most, 0.0))
+    most = padded.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ACTIVATION)
+    # A number divided by a tensor would be the number times the reciprocal, with two roundings.
+    codes = torch.round(padded * (torch.full_like(most, 127.0) / most))
     return (codes * (most / 127.0)).flatten(-2)[..., :k]
 
 

@@ -1,8 +1,8 @@
 """Rows of x as int8 codes: the template "activation-int8", and the text that rounds one row inside another kernel.
 
-For every `group` inputs: scale = max|x| / 127, code = round_half_even(x * (127 / max|x|)); for every `block` inputs, the
-part of a dot product that the weights' zeros cause. Rows are kept in tiles of `tile` rows, so that a kernel that works on
-that many rows reads their codes of the same 4 inputs one behind the other. A tile is an array of 32-bit words:
+For every `group` inputs: scale = max|x| / 127, code = round_half_even(x * (127 / max|x|)); for every `block` inputs,
+what the weights' zeros need. Rows are kept in tiles of `tile` rows, so that a kernel that works on that many rows reads
+their codes of the same 4 inputs one behind the other. A tile is an array of 32-bit words:
 
     codes  i32 [K / 4, tile]      4 codes a word
     scales f32 [K / group, tile]
@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qcompile.lowering.mlir.text import Text, Value, vector
+from qcompile.lowering.mlir.linear import norm_count
+from qcompile.lowering.mlir.prologue import open_row
+from qcompile.lowering.mlir.text import Text, Value
+from qcompile.ops import SMALLEST_ACTIVATION
 from qcompile.target import Target
 
 TEMPLATE = "activation-int8"
-LEAST = 1e-30  # a group of nothing but smaller numbers is rounded to 0, without a division by 0
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds half to even, and leaves the integer in the low bits
 _MAGIC_BITS = 0x4B400000
 
@@ -43,11 +45,6 @@ class Rounding:
     def width(self) -> int:
         """Lanes of the vectors that a row is read in."""
         return next(width for width in (16, 8, 4) if self.block % width == 0)
-
-    @property
-    def norms(self) -> int:
-        """Tensors of the prologue."""
-        return {"": 0, "rms_norm": 1, "layer_norm": 2}[self.prologue["op"] if self.prologue else ""]
 
     @property
     def words(self) -> int:
@@ -75,10 +72,10 @@ class Rows:
 
 def round_row(t: Text, r: Rounding, x: Value, norms: Sequence[Value], out: Rows) -> None:
     """Rounds the row that `x` points at; `norms` point at the prologue's tensors."""
-    normalise = _normaliser(t, r, x, norms)
+    row = open_row(t, r.prologue, x, list(norms), t.constant(r.k, "i64"))
     with t.loop(0, r.k // r.group) as group:
         start = group * r.group
-        values = [normalise(start + i) for i in range(0, r.group, r.width)]
+        values = [row.read(start + i, r.width) for i in range(0, r.group, r.width)]
         scale, inverse = _scale(t, values)
         t.store(scale, out.scales.at(group * r.tile, "f32"))
         per_block = r.block // r.width
@@ -103,7 +100,7 @@ def _scale(t: Text, values: Sequence[Value]) -> tuple[Value, Value]:
         most = size if most is None else most.most(size)
     assert most is not None
     bits = t.reduce("maxsi", most)
-    greatest = t.cast("bitcast", bits.most(t.cast("bitcast", t.constant(LEAST, "f32"), "i32")), "f32")
+    greatest = t.cast("bitcast", bits.most(t.cast("bitcast", t.constant(SMALLEST_ACTIVATION, "f32"), "i32")), "f32")
     return greatest / 127.0, 127.0 / greatest
 
 
@@ -115,48 +112,6 @@ def _store_codes(t: Text, r: Rounding, bits: Value, codes: Value, k: Value) -> N
         return
     for i in range(r.width // 4):
         t.store(t.slice(words, i, 1), codes.at((word + i) * r.tile, "i32"))
-
-
-class _normaliser:
-    """Reads `r.width` inputs from an index on, with the prologue applied; statistics of the row are taken once."""
-
-    def __init__(self, t: Text, r: Rounding, x: Value, norms: Sequence[Value]):
-        self.t, self.r, self.x, self.norms = t, r, x, norms
-        self.mean: Value | None = None
-        self.rate: Value | None = None
-        if r.prologue is None:
-            return
-        centred = r.prologue["op"] == "layer_norm"
-        if centred:
-            self.mean = t.broadcast(self._sum(lambda value, total: value + total) * (1.0 / r.k), r.width)
-        variance = self._sum(lambda value, total: t.fma(value, value, total)) * (1.0 / r.k)
-        rate = 1.0 / t.math("sqrt", variance + float(r.prologue["eps"]))
-        self.rate = t.broadcast(rate, r.width)
-
-    def _centred(self, k: Value) -> Value:
-        value = self.t.load(self.x.at(k, "f32"), vector(self.r.width, "f32"))
-        return value if self.mean is None else value - self.mean
-
-    def _sum(self, add: Any) -> Value:
-        """add(value, total) over the row, in four independent chains where the row's length allows."""
-        t, width = self.t, self.r.width
-        chains = 4 if self.r.k % (4 * width) == 0 else 1
-        zero = t.constant(0.0, vector(width, "f32"))
-        with t.loop(0, self.r.k, chains * width, carry=[zero] * chains) as loop:
-            loop.carry([add(self._centred(loop.index + i * width), total) for i, total in enumerate(loop.values)])
-        totals = list(loop.results)
-        while len(totals) > 1:
-            totals = [a + b for a, b in zip(totals[::2], totals[1::2], strict=True)]
-        return t.reduce("add", totals[0])
-
-    def __call__(self, k: Value) -> Value:
-        value = self._centred(k)
-        if self.rate is None or self.r.prologue is None:
-            return value
-        weight = self.t.load(self.norms[0].at(k, "f32"), value.type)
-        offset = float(self.r.prologue.get("offset", 0.0))
-        value = value * self.rate * (weight + offset if offset else weight)
-        return value if self.mean is None else value + self.t.load(self.norms[1].at(k, "f32"), value.type)
 
 
 def _wrapped(number: int) -> int:
@@ -174,7 +129,8 @@ def emit(params: dict[str, Any], target: Target) -> str:
         "activation_int8",
         f"code[m, k] = round(x * 127 / most), scale = most / 127, most = max |x[m, g]| of {r.group} inputs\n{r}",
     )
-    x, norms, tiles, count = t.arg(0), [t.arg(1 + i) for i in range(r.norms)], t.arg(1 + r.norms), t.dim(0)
+    x, norms, count = t.arg(0), [t.arg(1 + i) for i in range(norm_count(r.prologue))], t.dim(0)
+    tiles = t.arg(1 + len(norms))
     first, end = t.share((count + (r.tile - 1)) // r.tile * r.tile)
     with t.loop(first, end) as row:
         rows = Rows.of(r, tiles.at(row // r.tile * r.words, "i32")).row(row % r.tile)

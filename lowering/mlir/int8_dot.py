@@ -1,6 +1,6 @@
 """Integer dot products of packed codes: the codes of `Lanes` words as bytes, and 16 outputs times 4 inputs at a time.
 
-A *quad* is 4 consecutive inputs of 16 outputs: an i32 vector of 16 lanes whose bytes are u8 codes. The entries of a table
+A *quad* is 4 consecutive inputs of 16 outputs: an i32 vector of 16 lanes whose bytes are u8 codes. A table's entries
 are rounded to 8 bits (`ops.round_table`), so that every weight is (code - zero) * scale with a code of 0..255.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qcompile.formats.lanes import LANES, planes
+from qcompile.formats.stream import planes
+from qcompile.lowering.mlir.linear import LANES
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.ops import round_table
 from qcompile.target import Target

@@ -1,6 +1,6 @@
-"""int8 accuracy of `qcompile.linear`: what its two kernels share, and the rule that chooses between them.
+"""int8 accuracy of `qcompile.linear`: the arithmetic that its two kernels share.
 
-With codes q, zero z, scale s and offset o of the weight per `group` inputs, and x rounded to c * s_x (`activation_int8`):
+With codes q, zero z, scale s, offset o of the weight per `group` inputs, and x rounded to c * s_x (`activation_int8`):
 
     y[m, n] = sum over blocks of  s * s_x * (sum q c - z * sum c)  +  o * s_x * sum c
 
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompile.format import format_from_json
-from qcompile.formats.lanes import Lanes, planes
+from qcompile.formats.lanes import Lanes
+from qcompile.formats.stream import planes
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.mlir import memory
 from qcompile.lowering.mlir.activation_int8 import Rounding
@@ -133,8 +134,7 @@ class Block:
         place = self.scales.text.constant(k, "i64")
         widths = planes(self.scheme.lanes.bits)
         return [
-            pointer.at(place // (32 // width) * LANES, "i32")
-            for pointer, width in zip(self.words, widths, strict=True)
+            pointer.at(place // (32 // width) * LANES, "i32") for pointer, width in zip(self.words, widths, strict=True)
         ]
 
     def group(self, index: Value) -> Group:

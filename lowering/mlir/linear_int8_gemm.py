@@ -1,9 +1,9 @@
 """int8 linear for many rows: the template "linear-int8-gemm". The formula is that of `linear_int8.py`.
 
 Schedule: x comes as tiles of "activation-int8". A thread takes its share of the blocks of 16 outputs, `side` at a time.
-It writes their codes as bytes to its scratch once, [K / 4, side, 16] words, which stay in the second-level cache, and uses
-them for `m_block` rows: `tile` rows times `side` blocks of i32 sums stay in registers over the inputs that share scales,
-then are scaled and added to f32 sums in the scratch. When all inputs are done, rows leave through the epilogue.
+It writes their codes as bytes to its scratch once, [K / 4, side, 16] words, which stay in the second-level cache, and
+uses them for `m_block` rows: `tile` rows times `side` blocks of i32 sums stay in registers over the inputs that share
+scales, then are scaled and added to f32 sums in the scratch. When all inputs are done, rows leave by the epilogue.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNPACK = 32  # inputs that are unpacked by one turn of a loop, or more where wo
 def scratch(params: dict[str, Any]) -> int:
     """f32 elements of scratch that each thread needs: unpacked codes, then the sums of each stream."""
     streams = 2 if Shape.of(params).glu else 1
-    return params["side"] * LANES * (params["k"] // 4 + streams * params["m_block"])
+    return int(params["side"] * LANES * (params["k"] // 4 + streams * params["m_block"]))
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
@@ -49,7 +49,8 @@ def emit(params: dict[str, Any], target: Target) -> str:
             blocks = [(start + i).least(end - 1) for i in range(kernel.side)]
             homes = [home.at(i * rows * kernel.side * LANES, "f32") for i in range(len(section.streams))]
             for (part, before), sums in zip(section.streams, homes, strict=True):
-                kernel.stream([Block.of(s, operands.stored[part], block + before) for block in blocks], top, bottom, sums)
+                weights = [Block.of(s, operands.stored[part], block + before) for block in blocks]
+                kernel.stream(weights, top, bottom, sums)
             _finish(t, section, epilogue, blocks, top, bottom, homes)
     return t.finish()
 
@@ -66,10 +67,9 @@ def _finish(
 class _Gemm:
     """Writes the sums of `side` blocks of one stream for the rows top .. bottom - 1."""
 
-    def __init__(
-        self, t: Text, target: Target, s: Scheme, r: Rounding, operands: Operands, side: int, panel: Value
-    ):
-        self.t, self.target, self.s, self.r, self.operands, self.side, self.panel = t, target, s, r, operands, side, panel
+    def __init__(self, t: Text, target: Target, s: Scheme, r: Rounding, operands: Operands, side: int, panel: Value):
+        self.t, self.target, self.s, self.r = t, target, s, r
+        self.operands, self.side, self.panel = operands, side, panel
 
     def stream(self, blocks: list[Block], top: Value, bottom: Value, home: Value) -> None:
         t, r = self.t, self.r

@@ -36,9 +36,8 @@ def emit(params: dict[str, Any], target: Target) -> str:
     operands = Operands.load(t, shape, True)
     assert operands.scratch is not None
     tile = Rows.of(r, operands.scratch.at(t.thread * scratch(params), "f32"))
-    with t.loop(0, rows) as row:
-        source = operands.x.at(row.least(operands.m - 1) * s.k, "f32")
-        round_row(t, r, source, operands.norm, tile.row(row))
+    with t.loop(0, operands.m.least(rows)) as row:
+        round_row(t, r, operands.x.at(row * s.k, "f32"), operands.norm, tile.row(row))
     kernel = _Gemv(t, target, s, operands, tile, rows, Epilogue(t, shape, operands))
     for section, first, end in shares(t, sections(t, shape, operands)):
         side = max(1, params["blocks"] // len(section.streams))
@@ -54,9 +53,7 @@ def emit(params: dict[str, Any], target: Target) -> str:
 class _Gemv:
     """Writes the work on a few blocks side by side."""
 
-    def __init__(
-        self, t: Text, target: Target, s: Scheme, operands: Operands, x: Rows, rows: int, epilogue: Epilogue
-    ):
+    def __init__(self, t: Text, target: Target, s: Scheme, operands: Operands, x: Rows, rows: int, epilogue: Epilogue):
         self.t, self.target, self.s, self.operands, self.x = t, target, s, operands, x
         self.rows, self.epilogue = rows, epilogue
 
@@ -77,7 +74,7 @@ class _Gemv:
         ends = [block.last(total) for i, block in enumerate(blocks) for total in totals[i * self.rows :][: self.rows]]
         streams = len(section.streams)
         for row in range(self.rows):
-            with t.when(t.constant(row, "i64") < self.operands.m):
+            with t.when(self.operands.m > row):
                 for i in range(side):
                     sums = [ends[(i * streams + stream) * self.rows + row] for stream in range(streams)]
                     self.epilogue.finish(section, first + i, t.constant(row, "i64"), sums)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 from qcompile.errors import InternalError
 
@@ -159,7 +160,7 @@ class Loop:
 
 
 class Text:
-    """A function `name` with the ABI of `artifact.Call`, being written. `comment` opens the text: formula and schedule."""
+    """A function `name` with the ABI of `artifact.Call`, being written; `comment`, its formula and schedule, opens it."""
 
     def __init__(self, name: str, comment: str = ""):
         self.name, self.comment = name, comment
@@ -294,30 +295,36 @@ class Text:
 
     # -- control --
 
+    @overload
+    def loop(self, start: Value | int, end: Value | int, step: Value | int = 1) -> AbstractContextManager[Value]: ...
+
+    @overload
+    def loop(
+        self, start: Value | int, end: Value | int, step: Value | int = 1, *, carry: Sequence[Value]
+    ) -> AbstractContextManager[Loop]: ...
+
     @contextmanager
     def loop(
-        self, start: Value | int, end: Value | int, step: Value | int = 1, carry: Sequence[Value] = ()
-    ) -> Iterator[Value | Loop]:
+        self, start: Value | int, end: Value | int, step: Value | int = 1, *, carry: Sequence[Value] | None = None
+    ) -> Iterator[Any]:
         """A loop over start, start + step ... below end (i64). Gives the index, or a `Loop` when values are carried."""
         first, last, by = (self.constant(item, "i64") for item in (start, end, step))
         index = Value(self, self.fresh(), "i64")
-        head, values, name = "", (), ""
-        if carry:
-            values = tuple(Value(self, self.fresh(), item.type) for item in carry)
-            inits = ", ".join(f"{value} = {init}" for value, init in zip(values, carry, strict=True))
-            name = self.fresh()
-            types = ", ".join(item.type for item in carry)
-            head = f" iter_args({inits}) -> ({types})"
-        opening = f"{name}:{len(carry)} = " if carry else ""
-        self.line(f"{opening}scf.for {index} = {first} to {last} step {by}{head} : i64 {{")
+        values = tuple(Value(self, self.fresh(), item.type) for item in carry or ())
+        name, types = self.fresh(), ", ".join(item.type for item in values)
+        opening, inits = "", ""
+        if values:
+            pairs = ", ".join(f"{value} = {init}" for value, init in zip(values, carry or (), strict=True))
+            opening, inits = f"{name}:{len(values)} = ", f" iter_args({pairs}) -> ({types})"
+        self.line(f"{opening}scf.for {index} = {first} to {last} step {by}{inits} : i64 {{")
         self._indent += 1
         made = Loop(index, values)
-        yield made if carry else index
-        if carry:
-            if made.carried is None or len(made.carried) != len(carry):
+        yield index if carry is None else made
+        if values:
+            if made.carried is None or len(made.carried) != len(values):
                 raise InternalError("a loop does not say what it carries", where=self.name)
             self.line(f"scf.yield {', '.join(map(str, made.carried))} : {types}")
-            made.results = tuple(Value(self, f"{name}#{i}", item.type) for i, item in enumerate(carry))
+            made.results = tuple(Value(self, f"{name}#{i}", item.type) for i, item in enumerate(values))
         self._indent -= 1
         self.line("}")
 
@@ -331,7 +338,7 @@ class Text:
         self.line("}")
 
     def share(self, count: Value | int) -> tuple[Value, Value]:
-        """This thread's part of `count` pieces of work, as (first, end): contiguous, sizes that differ by at most one."""
+        """This thread's part of `count` pieces of work, (first, end): contiguous, sizes that differ by at most one."""
         total = self.constant(count, "i64")
         return self.thread * total // self.threads, (self.thread + 1) * total // self.threads
 
