@@ -14,6 +14,7 @@ from checkpoints import config as model_config
 from checkpoints import parametrize, reference
 from in_memory import InMemory, linear
 
+from qcompile.capture import weight_modules
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.evaluate import dequantize
 from qcompile.formats.tables import entries
@@ -27,7 +28,7 @@ from qcompile.methods.gptq import GptqConfig
 from qcompile.methods.hqq import HqqConfig, tag
 from qcompile.methods.index import method, parse_config
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.sources import ModuleState, SafetensorsFolder
 
 N, K = 64, 128
 
@@ -71,6 +72,41 @@ def dense(found: Method, config: MethodConfig, modules: dict[str, Module]) -> di
 def test_patterns_match_as_in_transformers(pattern: str, path: str) -> None:
     theirs = pytest.importorskip("transformers.quantizers.quantizers_utils").should_convert_module
     assert skip.matches(pattern, path) is not theirs(path, [pattern])
+
+
+SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+ARCHITECTURES = [
+    ("LlamaConfig", "LlamaForCausalLM", SMALL | {"tie_word_embeddings": False}),
+    ("LlamaConfig", "LlamaForCausalLM", SMALL | {"tie_word_embeddings": True}),
+    ("LlamaConfig", "LlamaForSequenceClassification", SMALL | {"num_labels": 3}),
+    ("BertConfig", "BertModel", SMALL),
+    ("ViTConfig", "ViTForImageClassification", SMALL | {"image_size": 16, "patch_size": 8}),
+    ("GPT2Config", "GPT2LMHeadModel", dict(n_embd=64, n_layer=1, n_head=2, vocab_size=32)),
+    ("T5Config", "T5EncoderModel", dict(d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=32)),
+]
+
+
+@pytest.mark.parametrize("skips", [None, [], ["layer"]], ids=str)
+@pytest.mark.parametrize("config_name, model_name, fields", ARCHITECTURES, ids=lambda value: str(value)[:24])
+def test_the_same_modules_stay_dense_as_in_transformers(
+    config_name: str, model_name: str, fields: dict[str, Any], skips: list[str] | None
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    with torch.device("meta"):
+        model = getattr(transformers, model_name)(getattr(transformers, config_name)(**fields))
+    patterns = HfQuantizer.get_modules_to_not_convert(model, skips, model._keep_in_fp32_modules)
+    modules = weight_modules(model, ModuleState(model), model.get_output_embeddings())
+    linears = {path: module for path, module in modules.items() if module.kind != "Embedding"}
+    theirs = {path for path in linears if not should_convert_module(path, patterns)}
+    ours = {
+        path
+        for path, module in linears.items()
+        if skip.dense(module, modules, "field", skips, kinds=("Linear", "Conv1D")) is not None
+    }
+    assert ours == theirs
 
 
 def test_the_default_leaves_the_head_dense() -> None:
