@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -32,8 +33,9 @@ def _number(value: Any, sizes: Names) -> str:
     if not isinstance(value, torch.SymInt):
         return str(value)
     expr = value.node.expr
-    by_symbol = {symbol: sizes[str(symbol)] for symbol in expr.free_symbols if str(symbol) in sizes}
-    return str(expr.subs(by_symbol))
+    if expr.is_Symbol:
+        return sizes.get(expr.name, expr.name)
+    return str(expr.xreplace({symbol: sympy.Symbol(sizes.get(symbol.name, symbol.name)) for symbol in expr.free_symbols}))
 
 
 def _type(value: Any, sizes: Names) -> str:
