@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from qcompile.backend import Layout
 from qcompile.format import Format, Packed, format_from_json
-from qcompile.ops import Part
+from qcompile.ops import Part, activation_group
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import call, forget, is_call, substitute, tensor_node, unused_name
 from qcompile.passes.linears import Linear, owners, packed
@@ -54,7 +54,8 @@ class ChooseLayout(Pass):
     """Weights that a linear reads are repacked as the backend asks, value for value; the reason is kept where it declines.
 
     A layout that reorders inputs puts an index_select in front of the linear. Weights that only embeddings read keep their
-    rows together. The accuracy of each linear is settled here too, since it depends on the layout.
+    rows together. The accuracy of each linear, and how many activations share a scale, depend on the layout: they are
+    settled here too.
     """
 
     name: ClassVar[str] = "choose-layout"
@@ -134,7 +135,9 @@ class ChooseLayout(Pass):
             if is_call(node, qc.linear.default):
                 linear = Linear.of(node)
                 if linear.spec.accuracy != accuracy:
-                    made = replace(linear, spec=replace(linear.spec, accuracy=accuracy)).written(node, self.name)
+                    group = activation_group(weight.format.group_size(weight.n, weight.k) or weight.k, weight.k)
+                    spec = replace(linear.spec, accuracy=accuracy, act_group=group)
+                    made = replace(linear, spec=spec).written(node, self.name)
                     substitute(node, made)
                     weight.readers[at] = made
 

@@ -160,7 +160,7 @@ class Loop:
 
 
 class Text:
-    """A function `name` with the ABI of `artifact.Call`, being written; `comment` (formula, schedule) opens the text."""
+    """A function `name` with the ABI of `artifact.Call`; `comment` (formula, schedule) opens its text."""
 
     def __init__(self, name: str, comment: str = ""):
         self.name, self.comment = name, comment
