@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -45,12 +47,12 @@ def capture(
     Errors: CaptureError when the model cannot be exported, CheckpointError when its files are damaged or incomplete.
     """
     if isinstance(model, nn.Module):
-        if example_inputs is not None:
-            return capture_module(model, example_inputs, dynamic_shapes)
         if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
             from qcompile.capture_hf import capture_model
 
-            return capture_model(model)
+            return capture_model(model, example_inputs, dynamic_shapes)
+        if example_inputs is not None:
+            return capture_module(model, example_inputs, dynamic_shapes)
         raise ConfigError(
             "example_inputs are needed to export a module",
             where=type(model).__name__,
@@ -164,12 +166,24 @@ def _place(error: BaseException, model: nn.Module) -> str:
     return ", ".join(part for part in (module, line) if part) or type(model).__name__
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    # Tracing makes millions of objects that stay alive; searching them for garbage takes a quarter of the time.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
     """torch.export without strict tracing and without autograd; CaptureError says where and why it fails."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _no_garbage_collection():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except QCompileError:
         raise
@@ -300,12 +314,21 @@ def _range(exported: torch.export.ExportedProgram, symbol: sympy.Symbol) -> tupl
 
 def capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], dynamic_shapes: Any) -> Program:
     """The Program of any module, from example inputs; floating inputs may have any dtype and are used as float32."""
-    shell: nn.Module = hollow_or_error(model)
+    return from_examples(hollow_or_error(model), ModuleState(model), example_inputs, dynamic_shapes)
+
+
+def from_examples(
+    shell: nn.Module,
+    source: TensorSource,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic_shapes: Any,
+    model_config: dict[str, Any] | None = None,
+) -> Program:
+    """The Program of a hollow module called with `example_inputs`."""
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, _example, example_inputs)
-    by_name = isinstance(inputs, Mapping)
-    args, kwargs = ((), dict(inputs)) if by_name else (tuple(inputs), None)
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), None)
     exported = export(shell, args, kwargs, dynamic_shapes)
-    return make_program(shell, exported, ModuleState(model), dynamic_shapes=dynamic_shapes)
+    return make_program(shell, exported, source, dynamic_shapes=dynamic_shapes, model_config=model_config)
 
 
 def hollow_or_error(model: nn.Module) -> nn.Module:

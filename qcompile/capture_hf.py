@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.export import Dim
 
 from qcompile.attention_hf import IMPLEMENTATION, register
-from qcompile.capture import MOST, aliases, export, hollow_or_error, make_program
+from qcompile.capture import MOST, aliases, export, from_examples, hollow_or_error, make_program
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.program import Program
 from qcompile.sources import ModuleState, Renamed, SafetensorsFolder, TensorSource
@@ -74,12 +75,12 @@ def program_of(
     shell: nn.Module, source: TensorSource, model_config: dict[str, Any], quantization: dict[str, Any] | None
 ) -> Program:
     """The Program of a hollow transformers model."""
-    notes = _Facts(shell)
+    facts = _Facts(shell)
     if _is_causal(shell):
         program = _causal(shell, source, model_config, quantization)
     else:
         program = _plain(shell, source, model_config, quantization)
-    notes.apply(program)
+    facts.apply(program)
     for name in unexpected(shell, program.ledger.unclaimed()):
         program.ledger.ignore(name, "the architecture has no use for it")
     _check_present(program, quantization is not None)
@@ -168,8 +169,6 @@ class _Facts:
         self.keep = {*(getattr(shell, "_keep_in_fp32_modules", None) or ()), *strict}
 
     def apply(self, program: Program) -> None:
-        from dataclasses import replace
-
         for path, module in program.modules.items():
             parts = set(path.split("."))
             program.modules[path] = replace(module, last_parameter=path == self.last, keep_f32=bool(parts & self.keep))
@@ -207,8 +206,11 @@ def _check_present(program: Program, quantized: bool) -> None:
         )
 
 
-def capture_model(model: Any) -> Program:
-    """The Program of a live transformers model; CaptureError when its weights are quantized already."""
+def capture_model(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) -> Program:
+    """The Program of a live transformers model; with `example_inputs` as a plain module, without a cache.
+
+    CaptureError when its weights are quantized already.
+    """
     if getattr(model, "hf_quantizer", None) is not None:
         raise CaptureError(
             "the model object is quantized already",
@@ -216,8 +218,14 @@ def capture_model(model: Any) -> Program:
             found=str(getattr(model.config, "quantization_config", "an unknown config"))[:200],
             remedy="pass the folder of the quantized checkpoint, or the float model and a config",
         )
-    config = model.config.to_dict()
-    return program_of(hollow_or_error(model), ModuleState(model), config, None)
+    shell, source, config = hollow_or_error(model), ModuleState(model), model.config.to_dict()
+    if example_inputs is None:
+        return program_of(shell, source, config, None)
+    facts = _Facts(shell)
+    shell.config.use_cache = False
+    program = from_examples(shell, source, example_inputs, dynamic_shapes, config)
+    facts.apply(program)
+    return program
 
 
 def capture_folder(folder: Path) -> Program:
