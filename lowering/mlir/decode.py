@@ -13,7 +13,7 @@ from qcompile.errors import InternalError
 from qcompile.format import Format
 from qcompile.formats.lanes import Lanes, LanesDense, planes
 from qcompile.lowering.mlir.linear import F32, I32, LANES, Operands, Shape
-from qcompile.lowering.mlir.memory import gather, load
+from qcompile.lowering.mlir.memory import ELEMENTS, gather, load
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.lowering.render import Renderer
 from qcompile.simplify import coordinates, simplify
@@ -94,9 +94,9 @@ class LanesReader:
         t, out = self.t, []
         for pointer, width in zip(self.planes, self.widths, strict=True):
             per = 32 // width
-            base = block * ((self.k + (per - 1)) // per)
-            count = max(1, self.unit // per)
-            loaded = [t.load(pointer.at((base + k // per + i) * LANES, "i32"), I32) for i in range(count)]
+            start = pointer.at(block * ((self.k + (per - 1)) // per * LANES), "i32")  # the same over all inputs
+            at = k // per * LANES
+            loaded = [t.load(start.at(at + i * LANES, "i32"), I32) for i in range(max(1, self.unit // per))]
             if self.unit < per:
                 inside = k % per
                 shift = inside // 4 * width
@@ -174,8 +174,8 @@ class DenseReader:
         self.t, self.format, self.pointer, self.k = t, format, stored[0], k
 
     def words(self, block: Value, k: Value) -> list[list[Value]]:
-        base = (block * self.k + k) * LANES
-        return [[load(self.t, self.pointer, base + j * LANES, self.format.dtype, LANES) for j in range(self.unit)]]
+        start = self.pointer.at(block * self.k * LANES, ELEMENTS[self.format.dtype][0])
+        return [[load(self.t, start, (k + j) * LANES, self.format.dtype, LANES) for j in range(self.unit)]]
 
     def value(self, words: list[list[Value]], j: int) -> Value:
         return words[0][j]

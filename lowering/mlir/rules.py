@@ -13,6 +13,8 @@ from qcompile.lowering.mlir.regions import is_pointwise, lower_pointwise, lower_
 Rule = Callable[[Node, Context], None]
 
 RULES: dict[str, str] = {
+    "qcompile.linear.default": "linear_rule:lower_linear",
+    "qcompile.embedding.default": "embedding:lower_embedding",
     "qcompile.attention.default": "attention:lower_attention",
     "qcompile.cached_attention.default": "attention:lower_cached_attention",
     "qcompile.rope.default": "attention:lower_rope",
