@@ -13,6 +13,7 @@ from qcompile.dtypes import NAMES
 
 if TYPE_CHECKING:
     import networkx
+
     from qcompile.program import Program
 
 Names = dict[str, str]
@@ -35,7 +36,8 @@ def _number(value: Any, sizes: Names) -> str:
     expr = value.node.expr
     if expr.is_Symbol:
         return sizes.get(expr.name, expr.name)
-    return str(expr.xreplace({symbol: sympy.Symbol(sizes.get(symbol.name, symbol.name)) for symbol in expr.free_symbols}))
+    named = {symbol: sympy.Symbol(sizes.get(symbol.name, symbol.name)) for symbol in expr.free_symbols}
+    return str(expr.xreplace(named))
 
 
 def _type(value: Any, sizes: Names) -> str:
