@@ -187,6 +187,7 @@ def _outputs(node: Node, ctx: Context) -> None:
         if not (own and source.is_contiguous and source.numel == ctx.extents[source.buffer]):
             source = ctx.copied(source)
         taken.add(source.buffer)
-        buffer = ctx.buffers[source.buffer]
-        ctx.buffers[source.buffer] = Buffer(buffer.name, buffer.dtype, buffer.shape, "output")
-        ctx.outputs.append(Port(name, ctx.view(source), source.dtype))
+        # The runtime hands out the buffer itself, so it takes the shape that the caller is to see.
+        view = ctx.view(source)
+        ctx.buffers[source.buffer] = Buffer(source.buffer, source.dtype, view.shape, "output")
+        ctx.outputs.append(Port(name, view, source.dtype))

@@ -5,17 +5,23 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from tiny_programs import Call, program
 
 from qcompile.artifact import Built, KernelSpec
+from qcompile.backend import ReferenceBackend
+from qcompile.dtypes import NAMES
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir.build import build
 from qcompile.lowering.mlir.pointwise import copier
 from qcompile.lowering.mlir.rules import rule_for
 from qcompile.passes.base import Context, Pass, run_pipeline
+from qcompile.program import Input, Program
 from qcompile.runtime.session import Session
 from qcompile.target import native
 
@@ -33,9 +39,26 @@ class Lowered:
         self, function: Callable[..., Any], *examples: torch.Tensor, dynamic: dict[int, str] | None = None,
         passes: Sequence[Pass] = (), threads: int = 2, **parameters: torch.Tensor,
     ):  # fmt: skip
-        self.program = program(Call(function, **parameters), *examples, dynamic=dynamic)
+        self._lower(program(Call(function, **parameters), *examples, dynamic=dynamic), passes, threads)
+
+    @classmethod
+    def traced(cls, function: Callable[..., Any], *examples: torch.Tensor, threads: int = 2) -> Lowered:
+        """For operators that write to an input, which export would replace: the function, in overloads of operators, as it is traced."""
+        made, graph = cls.__new__(cls), torch.fx.symbolic_trace(function)
+        output = graph.graph.output_node()
+        output.args = ((output.args[0],),)
+        with FakeTensorMode() as mode:
+            FakeTensorProp(graph, mode).propagate(*examples)
+        nodes = graph.graph.find_nodes(op="placeholder")
+        inputs = [Input(n.name, NAMES[x.dtype], tuple(x.shape)) for n, x in zip(nodes, examples, strict=True)]
+        base = program(Call(lambda x: x + 1), examples[0])
+        made._lower(replace(base, graph=graph, inputs=tuple(inputs)), (), threads)
+        return made
+
+    def _lower(self, given: Program, passes: Sequence[Pass], threads: int) -> None:
+        self.program = given
         if passes:
-            run_pipeline(self.program, passes, Context(self.program.report))
+            run_pipeline(self.program, passes, Context(self.program.report, ReferenceBackend(regions=True)))
         self.executable, weights = lower(self.program, native(), "exact", rule_for, copier, strict=True)
         kernels = {
             name: _built(json.dumps([spec.template, spec.params])) for name, spec in self.executable.kernels.items()
