@@ -6,11 +6,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from in_memory import InMemory
 
-from qcompile.errors import ConfigError
+from qcompile.errors import CheckpointError, ConfigError
 from qcompile.methods.awq import AwqConfig
 from qcompile.methods.bitsandbytes import BnbConfig
 from qcompile.methods.eetq import EetqConfig
+from qcompile.methods.gguf import GgufConfig
 from qcompile.methods.gptq import GptqConfig
 from qcompile.methods.hqq import HqqConfig
 from qcompile.methods.index import METHODS, method, parse_config
@@ -255,28 +258,27 @@ def test_fields_without_effect_are_reported() -> None:
 
 def test_unknown_fields_of_a_checkpoint_are_reported_and_those_of_a_caller_refused() -> None:
     fields = {"quant_method": "eetq", "zebra": 1}
-    found = parse_config(None, {"quantization_config": fields})
+    found = parse_config(None, fields)
     assert found is not None
     assert found[0].effects(found[1]) == [("zebra", "not a field of eetq: ignored")]
     with pytest.raises(ConfigError, match="unknown field in the eetq config"):
         parse_config(fields)
     with pytest.raises(ConfigError, match="did you mean 'weights'"):  # a near miss is an error wherever it comes from
-        parse_config(None, {"quantization_config": {"quant_method": "eetq", "weight": "int8"}})
+        parse_config(None, {"quant_method": "eetq", "weight": "int8"})
 
 
 def test_where_a_config_comes_from() -> None:
     assert parse_config(None) is None
-    assert parse_config(None, {"model_type": "llama"}) is None
-    assert type(parsed(None, gguf=True)).method == "gguf"
+    assert parsed(None, stored={"quant_method": "gguf"}) == GgufConfig()
     old = {"load_in_8bit": True, "llm_int8_threshold": 6.0}  # bitsandbytes configs once had no quant_method
-    assert parsed(None, model_config={"quantization_config": old}) == BnbConfig(load_in_8bit=True)
+    assert parsed(None, stored=old) == BnbConfig(load_in_8bit=True)
     config = HqqConfig(nbits=3)
     assert parsed(config) is config
 
 
 def test_a_config_beside_the_checkpoints_own_must_agree() -> None:
-    stored = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
-    assert parsed(GptqConfig(4, group_size=64, backend="marlin"), model_config=stored).group_size == 64
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    assert parsed(GptqConfig(4, group_size=64, backend="marlin"), stored=stored).group_size == 64
     with pytest.raises(ConfigError) as caught:
         parse_config(GptqConfig(4), stored)
     assert str(caught.value) == (
@@ -293,3 +295,19 @@ def test_a_config_beside_the_checkpoints_own_must_agree() -> None:
         "  expected: no config, or the checkpoint's own\n"
         "  try:      leave the config out, or start from the float model"
     )
+
+
+def test_a_checkpoint_must_hold_what_its_config_promises() -> None:
+    source, stored = InMemory({"fc.weight": torch.zeros(64, 64)}), {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(CheckpointError) as caught:
+        parse_config(None, stored, source)
+    assert str(caught.value) == (
+        "the checkpoint says it is quantized with gptq, but holds no such weight\n"
+        "  where:    tensors in memory\n"
+        "  found:    fc.weight\n"
+        "  expected: tensors as gptq stores them\n"
+        "  try:      complete the checkpoint, or take quantization_config out of its config.json to quantize it anew"
+    )
+    whole = InMemory({"fc.qweight": torch.zeros(8, 64, dtype=torch.int32)})
+    assert parsed(None, stored=stored, source=whole) == GptqConfig(4)
+    assert parsed(GptqConfig(4), source=source) == GptqConfig(4)  # a caller's config quantizes a float model

@@ -28,9 +28,13 @@ from qcompile.methods.gptq import GptqConfig
 from qcompile.methods.hqq import HqqConfig, tag
 from qcompile.methods.index import method, parse_config
 from qcompile.program import Module
-from qcompile.sources import ModuleState, SafetensorsFolder
+from qcompile.sources import Ledger, ModuleState, SafetensorsFolder
 
 N, K = 64, 128
+
+
+def stored_config(folder: Path) -> Any:
+    return model_config(folder)["quantization_config"]
 
 
 def llama(tied: bool = False) -> dict[str, Module]:
@@ -285,7 +289,7 @@ def test_a_shape_that_does_not_fit_is_an_error(name: str, config: MethodConfig, 
 @parametrize("gptq", "awq", "bitsandbytes", "hqq", "eetq")
 def test_a_checkpoint_is_read_bit_for_bit(folder: Path) -> None:
     source = SafetensorsFolder(folder)
-    found = parse_config(None, model_config(folder))
+    found = parse_config(None, stored_config(folder), source)
     assert found is not None and found[0].prequantized(found[1], source)
     for path, weight in reference(folder).weights.items():
         module = linear(path, *weight.shape)
@@ -304,7 +308,7 @@ def test_a_checkpoint_is_read_bit_for_bit(folder: Path) -> None:
 @parametrize("gptq-dynamic", "hqq-dynamic", "eetq-skip")
 def test_what_a_checkpoint_stores_dense_stays_dense(folder: Path) -> None:
     source = SafetensorsFolder(folder)
-    found = parse_config(None, model_config(folder))
+    found = parse_config(None, stored_config(folder), source)
     assert found is not None
     quantized = ("qweight", "W_q", "weight_scales")
     paths = [name.removesuffix(".weight") for name in source.names() if name.endswith("proj.weight")]
@@ -425,6 +429,18 @@ def test_gptq_keeps_a_group_index_only_where_it_says_something() -> None:
     assert isinstance(found.select(config, module, InMemory(bare), {}), Quantized)
     with pytest.raises(CheckpointError, match="lacks a stored tensor"):
         found.select(replace(config, desc_act=True), module, InMemory(bare), {})
+
+
+def test_a_left_over_tensor_is_an_error() -> None:
+    found, module = method("gptq"), linear("fc", N, K)
+    ledger = Ledger(InMemory(gptq() | {"fc.qscale": torch.zeros(1)}))
+    selected = found.select(GptqConfig(4, group_size=32), module, ledger.source, {})
+    assert isinstance(selected, Quantized)
+    for name in (*selected.names.values(), *selected.also_claims):
+        ledger.claim(name, "fc")
+    with pytest.raises(CheckpointError, match="tensors that did not end in exactly one place") as caught:
+        ledger.check()
+    assert caught.value.found == "fc.qscale: not used"
 
 
 def bnb(**state: Any) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,7 +49,8 @@ def value(packed: Packed) -> torch.Tensor:
 
 @parametrize("bitsandbytes", "hqq", "eetq")
 def test_a_checkpoints_original_weights_give_its_tensors(folder: Path) -> None:
-    source, found = SafetensorsFolder(folder), parse_config(None, model_config(folder))
+    source: Any = SafetensorsFolder(folder)
+    found = parse_config(None, cast(Any, model_config(folder)["quantization_config"]), source)
     assert found is not None
     reference, seen = load_file(folder / "reference.safetensors"), 0
     kept = model_config(folder).get("dtype") or model_config(folder)["torch_dtype"]

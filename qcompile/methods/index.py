@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qcompile.errors import ConfigError, near
+from qcompile.errors import CheckpointError, ConfigError, near
 from qcompile.methods.base import Method, MethodConfig
+
+if TYPE_CHECKING:
+    from qcompile.sources import TensorSource
 
 METHODS: dict[str, str] = {
     "gptq": "qcompile.methods.gptq:Gptq",
@@ -35,15 +38,23 @@ def method(name: str) -> Method:
 
 
 def parse_config(
-    config: Any, model_config: Mapping[str, Any] | None = None, *, gguf: bool = False
+    config: Any, stored: Mapping[str, Any] | None = None, source: TensorSource | None = None
 ) -> tuple[Method, MethodConfig] | None:
     """The method and typed config that a caller asks for; None when nothing is to be quantized.
 
     `config` is one of our configs, a transformers config object (anything with `to_dict()`), a dict, JSON text, or
-    None: then the `quantization_config` of `model_config` holds, or the source is a GGUF file (`gguf`), or there is
-    none. A config beside one that the checkpoint brings must say the same: the stored weights are what they are.
+    None: then `stored`, the `quantization_config` that came with the checkpoint, holds. A config beside a stored one
+    must say the same, and `source` must hold the quantized weights that `stored` promises (CheckpointError).
     """
-    own = _from_checkpoint(model_config or {}, gguf)
+    own = _parse(stored, lenient=True) if stored is not None else None
+    if own is not None and source is not None and not own[0].prequantized(own[1], source):
+        raise CheckpointError(
+            f"the checkpoint says it is quantized with {own[0].name}, but holds no such weight",
+            where=source.describe(),
+            found=", ".join(source.names()[:5]) or "no tensor",
+            expected=f"tensors as {own[0].name} stores them",
+            remedy="complete the checkpoint, or take quantization_config out of its config.json to quantize it anew",
+        )
     if config is None:
         return own
     asked = _parse(config, lenient=False)
@@ -65,13 +76,6 @@ def parse_config(
             remedy="leave the config out, or start from the float model",
         )
     return own
-
-
-def _from_checkpoint(model_config: Mapping[str, Any], gguf: bool) -> tuple[Method, MethodConfig] | None:
-    stored = model_config.get("quantization_config")
-    if stored is None:
-        return _parse({"quant_method": "gguf"}, lenient=False) if gguf else None
-    return _parse(stored, lenient=True)
 
 
 def _parse(config: Any, *, lenient: bool) -> tuple[Method, MethodConfig]:
