@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from qcompile.artifact import Built, KernelSpec
+from qcompile.lowering.mlir import toolchain
 from qcompile.lowering.mlir.templates import emit, entry
-from qcompile.lowering.mlir.toolchain import compile_module
-from qcompile.target import Target
+from qcompile.target import target as target_of
 
 
-def build(
-    kernels: Mapping[str, KernelSpec], target: Target, progress: Callable[[str, str], None] | None = None
-) -> dict[str, Built]:
-    """Text and object of each kernel; `progress` is called with "build" and the name of the kernel being compiled."""
-    made = {}
-    for name, spec in kernels.items():
-        if progress is not None:
-            progress("build", name)
-        text = emit(spec, target)
-        made[name] = Built(text, compile_module(text, target), entry(spec))
-    return made
+@dataclass(frozen=True)
+class Builder:
+    """Makes kernels for the runtime, which knows no compiler. `progress` is called with "build" and a kernel's name."""
+
+    progress: Callable[[str, str], None] | None = None
+
+    def key(self, spec: KernelSpec, target: str) -> str:
+        """A digest of all that the kernel's object depends on: its text, the target, the compilers."""
+        level = target_of(target)
+        return toolchain.key(emit(spec, level), level)
+
+    def build(self, kernels: Mapping[str, KernelSpec], target: str) -> dict[str, Built]:
+        """Text and object of each kernel."""
+        level, made = target_of(target), {}
+        for name, spec in kernels.items():
+            if self.progress is not None:
+                self.progress("build", name)
+            text = emit(spec, level)
+            made[name] = Built(text, toolchain.compile_module(text, level), entry(spec))
+        return made

@@ -1,0 +1,163 @@
+"""The whole compiler on a page: capture, passes, lowering, kernels; and its way back from a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qcompile.artifact import Artifact, Executable
+from qcompile.backend import Backend, CpuBackend, ReferenceBackend
+from qcompile.capture import capture
+from qcompile.errors import ConfigError, LoweringError
+from qcompile.graphjson import graph_of
+from qcompile.methods.index import parse_config
+from qcompile.passes.base import Context, run_pipeline
+from qcompile.passes.pipelines import CHECKED, FULL, pipeline
+from qcompile.runtime import load as runtime_load
+from qcompile.runtime.cache import build_kernels
+from qcompile.runtime.model import CompiledModel
+from qcompile.runtime.store import Contents
+from qcompile.target import Target
+from qcompile.target import target as target_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcompile.artifact import Built
+    from qcompile.program import Program
+
+Accuracy = Literal["exact", "int8"]
+
+
+def compile(
+    model: Any,
+    config: Any = None,
+    *,
+    target: str | Target = "cpu",
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    accuracy: Accuracy = "exact",
+    strict: bool = False,
+    threads: int | None = None,
+    fuel: int | None = None,
+    print_after: Collection[str] = (),
+    show: Callable[[str, str], None] | None = None,
+    progress: Callable[[str, str], None] | None = None,
+) -> CompiledModel:
+    """Compile `model` under the quantization `config` for `target`.
+
+    `model` is an nn.Module (with `example_inputs` and `dynamic_shapes` as for torch.export), a transformers model, a folder
+    with config.json and safetensors, the id of one on the Hub, or a .gguf file. `config` is a transformers config, its dict
+    or JSON, one of ours, or None for what the checkpoint says (nothing, for a float model). A .gguf file keeps its own blocks
+    unless another method is asked for; then its dequantized weights are quantized again.
+
+    `accuracy` is about weight-only formats on a CPU: "exact" computes with float32 activations, "int8" rounds the inputs of
+    quantized linears to int8 in groups first. `strict` makes an operation without a kernel a LoweringError instead of a line
+    in the report. `threads` is how many processors a CPU target uses when it runs here (None: all that the process may use).
+    `show(pass, text)` gets the graph's text after the passes named in `print_after` ("*" is all) that changed it;
+    `progress(stage, on)` hears what is being worked on; `fuel` bounds the number of rewrites, to find one that is wrong.
+
+    Errors: ConfigError, CheckpointError, CaptureError, LoweringError, ToolchainError; see `qcompile.errors`.
+    """
+    place = target_of(target)
+    if accuracy not in ("exact", "int8"):
+        raise ConfigError("no such accuracy", where="accuracy", found=repr(accuracy), expected="'exact' or 'int8'")
+    if isinstance(model, str | os.PathLike) and progress is not None:
+        progress("capture", str(model))
+    program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    report = program.report
+    report.target, report.accuracy = place.name, accuracy
+    chosen = parse_config(
+        config, {"quantization_config": program.quantization_config} if program.quantization_config else None
+    )
+    method, parsed = chosen or (None, None)
+    backend: Backend = CpuBackend(accuracy) if place.backend == "cpu" else ReferenceBackend()
+    ctx = Context(
+        report, backend, method, parsed, fuel, frozenset("*"), show=_only(print_after, show), progress=progress
+    )
+    run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
+    tensors, executable, kernels = dict(program.tensors), None, dict[str, "Built"]()
+    if place.backend == "cpu":
+        executable, weights = _lower(program, place, accuracy, strict)
+        tensors |= weights
+        kernels = _build(executable, place, progress)
+    artifact = Artifact(
+        target=place.name,
+        kind=program.kind,
+        accuracy=accuracy,
+        executable=executable,
+        graph=_graph(program, executable),
+        sizes=program.sizes,
+        weights=program.weights,
+        model_config=program.model_config,
+        quantization_config=parsed.to_dict() if parsed is not None else None,
+        generation=_generation(program.model_config),
+    )
+    return CompiledModel(
+        Contents(artifact, tensors, kernels, {}, report.to_json(), ctx.snapshots), on=place, threads=threads
+    )
+
+
+def load(
+    path: str | Path,
+    target: str | None = None,
+    native: Literal["rebuild", "trusted"] = "rebuild",
+    *,
+    threads: int | None = None,
+    verify: bool = True,
+) -> CompiledModel:
+    """The compiled model in the folder `path`; see `qcompile.runtime.load.load`.
+
+    With native="rebuild" nothing in the folder is executed: the installed compiler makes the kernels again from data, or
+    takes them from the user's cache. With native="trusted" the object files in the folder are run.
+    """
+    builder = None
+    if native == "rebuild":
+        from qcompile.lowering.mlir.build import Builder
+
+        builder = Builder()
+    return runtime_load.load(path, target, native, builder=builder, threads=threads, verify=verify)
+
+
+def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Callable[[str, str], None] | None:
+    """`show` for the passes called `names`; a name that no pass has is a ConfigError."""
+    from qcompile.passes.pipelines import make
+
+    for name in names:
+        if name != "*":
+            make(name)
+    if show is None:
+        return None
+    return lambda name, text: show(name, text) if "*" in names or name in names else None
+
+
+def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tuple[Executable, dict[str, torch.Tensor]]:
+    from qcompile.lowering.lower import lower
+    from qcompile.lowering.mlir.pointwise import copier
+    from qcompile.lowering.mlir.rules import rule_for
+
+    return lower(program, place, accuracy, rule_for, copier, strict=strict)
+
+
+def _build(executable: Executable, place: Target, progress: Callable[[str, str], None] | None) -> dict[str, Built]:
+    from qcompile.lowering.mlir.build import Builder
+
+    return build_kernels(executable.kernels, place.name, Builder(progress))
+
+
+def _graph(program: Program, executable: Executable | None) -> Any:
+    """The graph as data, which any torch device can run; without one the artifact runs on its own target only."""
+    try:
+        return graph_of(program)
+    except LoweringError as error:
+        if executable is None:
+            raise
+        program.report.note(f"no reference graph: {error.summary} ({error.where})")
+        return None
+
+
+def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("eos_token_id", "pad_token_id")
+    return {name: config[name] for name in names if config.get(name) is not None}
