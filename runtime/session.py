@@ -28,7 +28,7 @@ class _Binding:
     """A plan, the addresses it was last run with, its eager calls ready to go, and the state slots that it fills."""
 
     def __init__(self, plan: Plan, executable: Executable, slots: int):
-        self.plan, self.slots = plan, slots
+        self.plan, self.slots, self.table = plan, slots, plan.steps.ctypes.data
         self.moving = tuple(name for name in plan.bound if executable.buffers[name].kind != "weight")
         self.addresses: list[int] = []
         self.bases = np.zeros(1 + len(plan.bound), dtype=np.int64)
@@ -64,6 +64,7 @@ class Session:
                 "a kernel is missing", found=", ".join(missing[:5]), expected="every kernel that a step calls"
             )
         self.loaded = native.load_objects({name: kernels[name] for name in sorted(called)})
+        self._names = {port.view.buffer: port.name for port in reversed(executable.outputs)}
         self._plans: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
         self._arena = allocate(0)
         self._staged: dict[str, torch.Tensor] = {}
@@ -88,7 +89,7 @@ class Session:
             binding, made = self._prepare(inputs, state, out or {})
             plan = binding.plan
             workers = pool(self.threads)
-            table = plan.steps.ctypes.data
+            table = binding.table
             for index, item in enumerate(plan.items):
                 if isinstance(item, Native):
                     workers.run(table + item.start * 24, item.count)
@@ -101,7 +102,7 @@ class Session:
         times = []
         with self._lock, torch.no_grad():
             binding, made = self._prepare(inputs, state, {})
-            workers, table = pool(self.threads), binding.plan.steps.ctypes.data
+            workers, table = pool(self.threads), binding.table
             for index, (item, names) in enumerate(zip(binding.plan.items, binding.plan.names, strict=True)):
                 for at, name in enumerate(names):
                     begin = time.perf_counter()
@@ -115,10 +116,10 @@ class Session:
 
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes` (the program's named sizes but `threads`)."""
-        return self._bound({**sizes, "threads": self.threads}).plan
+        return make_plan(self.executable, {**sizes, "threads": self.threads}, self.loaded.addresses)
 
     def _bound(self, sizes: dict[str, int]) -> _Binding:
-        key = tuple(sizes[name] for name in sorted(sizes))
+        key = tuple(sizes.values())  # ports give sizes in one order
         binding = self._plans.get(key)
         if binding is None:
             plan = make_plan(self.executable, sizes, self.loaded.addresses)
@@ -145,7 +146,8 @@ class Session:
             tensors.update(state.tensors)
         for name in binding.moving:
             if name not in tensors:
-                tensors[name] = _output(plan.shapes[name], DTYPES[self.executable.buffers[name].dtype], out.get(name))
+                given = out.get(self._names.get(name, ""))
+                tensors[name] = _output(plan.shapes[name], DTYPES[self.executable.buffers[name].dtype], given)
         addresses = [self._arena.data_ptr(), *[tensors[name].data_ptr() for name in binding.moving]]
         if addresses != binding.addresses:
             binding.bases[: len(addresses)] = addresses
