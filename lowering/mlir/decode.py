@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from qcompile.dtypes import itemsize
 from qcompile.errors import InternalError
 from qcompile.format import Format
 from qcompile.formats.lanes import Lanes, LanesDense, planes
@@ -18,6 +19,10 @@ from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.lowering.render import Renderer
 from qcompile.simplify import coordinates, simplify
 from qcompile.target import Target
+
+# Bytes that a stream of weights is asked for in advance: several streams at once, each crossing a page every few
+# microseconds, are more than the machine's own prefetcher follows.
+AHEAD = 1024
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,10 @@ class LanesReader:
             per = 32 // width
             start = pointer.at(block * ((self.k + (per - 1)) // per * LANES), "i32")  # the same over all inputs
             at = k // per * LANES
-            loaded = [t.load(start.at(at + i * LANES, "i32"), I32) for i in range(max(1, self.unit // per))]
+            loaded = []
+            for i in range(max(1, self.unit // per)):
+                t.prefetch(start.at(at + i * LANES + AHEAD // 4, "i32"))
+                loaded.append(t.load(start.at(at + i * LANES, "i32"), I32))
             if self.unit < per:
                 inside = k % per
                 shift = inside // 4 * width
@@ -175,7 +183,12 @@ class DenseReader:
 
     def words(self, block: Value, k: Value) -> list[list[Value]]:
         start = self.pointer.at(block * self.k * LANES, ELEMENTS[self.format.dtype][0])
-        return [[load(self.t, start, (k + j) * LANES, self.format.dtype, LANES) for j in range(self.unit)]]
+        words = []
+        for j in range(self.unit):
+            place, size = (k + j) * LANES, itemsize(self.format.dtype)
+            self.t.prefetch(start.at(place + AHEAD // size, ELEMENTS[self.format.dtype][0]))
+            words.append(load(self.t, start, place, self.format.dtype, LANES))
+        return [words]
 
     def value(self, words: list[list[Value]], j: int) -> Value:
         return words[0][j]

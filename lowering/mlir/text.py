@@ -223,6 +223,11 @@ class Text:
             f"llvm.store {value}, {pointer} {{alignment = {align or _bytes(value.type)}}} : {value.type}, {POINTER}"
         )
 
+    def prefetch(self, pointer: Value) -> None:
+        """Asks for the cache line at `pointer`, to be read, in the second-level cache; any address is allowed."""
+        kinds = "rw = 0 : i32, hint = 2 : i32, cache = 1 : i32"
+        self.line(f'"llvm.intr.prefetch"({pointer}) {{{kinds}}} : ({POINTER}) -> ()')
+
     def stack(self, count: int, element: str) -> Value:
         """The address of `count` elements on the stack, 64-byte aligned; emit it once, outside of loops."""
         size = self.constant(count, "i64")

@@ -170,7 +170,7 @@ def test_the_inner_loop_of_one_row_has_three_instructions_for_sixteen_weights() 
     loop = _hottest(toolchain.assembly(linear_gemv.emit(params, target), target), "vperm")
     weights = _count(loop, "vperm")  # LLVM writes vpermd for vpermps where that saves nothing
     assert weights == 32, "eight inputs of four blocks in one turn"
-    assert len(loop) < 3.5 * weights
+    assert len(loop) < 3.6 * weights  # a prefetch a word is among them
     assert not any("(%rsp" in line for line in loop), "registers are spilled"
 
 
