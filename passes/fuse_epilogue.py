@@ -114,5 +114,5 @@ class FuseEpilogue(Pass):
         inputs = step.node.all_input_nodes
         substitute(step.node, made)
         erase_unused(inputs)
-        infer(program)
+        infer(program, [made])
         return Linear.of(made)

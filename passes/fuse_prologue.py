@@ -100,7 +100,8 @@ class FusePrologue(Pass):
             made = norm.again(user, moved, weights, self.name)
             substitute(user, made)
             count += 1
-        infer(program)
+        if count:
+            infer(program)
         if count and not norm.node.users:
             program.graph.graph.erase_node(norm.node)
         return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -82,16 +82,16 @@ def _evaluate(program: Program, node: Node, mode: Any) -> Any:
         return function(*args, **kwargs)
 
 
-def infer(program: Program) -> None:
-    """Gives every new or changed node its `meta["val"]`.
+def infer(program: Program, nodes: Iterable[Node] | None = None) -> None:
+    """Gives every new or changed node its `meta["val"]`; looks at `nodes` only, when they are given.
 
     InternalError when the arguments of a node do not fit, or a rewrite changed the type of a value that others read.
     """
     mode = fake_mode(program)
-    for node in program.graph.graph.nodes:
+    for node in program.graph.graph.nodes if nodes is None else nodes:
         if node.op not in ("call_function", "call_module", "get_attr"):
             continue
-        signature = (node.target, str(node.args), str(node.kwargs))
+        signature = (node.target, node.args, node.kwargs)
         known = node.meta.get("val")
         if known is not None and node.meta.setdefault("signature", signature) == signature:
             continue

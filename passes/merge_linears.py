@@ -122,7 +122,7 @@ class MergeLinears(Pass):
         bias = self._bias(program, group)
         spec = LinearSpec(group[0].spec.k, parts, bias is not None, None, (), group[0].spec.accuracy, group[0].spec.act_group)
         whole = replace(group[0], stored=tuple(stored), extras=(bias,) if bias else (), spec=spec).written(first, self.name)
-        infer(program)
+        infer(program, [whole])
         self._slice(group, whole)
         if len(joined) == 1:
             forget(program, [node for m in group for node in m.stored])

@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from qcompile.dtypes import NAMES
 from qcompile.errors import CheckpointError
-from qcompile.format import Packed
+from qcompile.evaluate import dequantize
+from qcompile.format import Packed, format_class
 from qcompile.formats.dense import Dense
 from qcompile.methods.base import Quantized, Skip
 from qcompile.passes.base import Context, Pass
@@ -158,8 +159,21 @@ class Quantize(Pass):
         substitute(node, made)
 
 
+def _blocks(program: Program, module: Module) -> Packed | None:
+    """The module's weight where the source stores it in blocks (GGUF); None where it is a plain matrix."""
+    encoding = program.source.info(module.weight).encoding
+    if not encoding:
+        return None
+    format_ = format_class(f"gguf-{encoding}")()
+    (blocks,) = format_.stored(module.n, module.k)
+    return Packed(format_, {blocks.name: program.ledger.read(module.weight, module.weight)}, module.n, module.k)
+
+
 def _float_weight(program: Program, module: Module) -> torch.Tensor:
     """The module's weight [N, K] as the source stores it; CheckpointError unless it is a float matrix of that shape."""
+    blocks = _blocks(program, module)
+    if blocks is not None:
+        return dequantize(blocks.format, blocks.tensors, blocks.N, blocks.K)
     weight = program.ledger.read(module.weight, module.weight)
     expected = (module.k, module.n) if module.kind == "Conv1D" else (module.n, module.k)
     if tuple(weight.shape) != expected or not weight.is_floating_point():
@@ -174,6 +188,10 @@ def _float_weight(program: Program, module: Module) -> torch.Tensor:
 
 
 def _dense(program: Program, module: Module) -> Packed:
+    """The module's weight as the source stores it: a float matrix, or its blocks."""
+    blocks = _blocks(program, module)
+    if blocks is not None:
+        return blocks
     weight = _float_weight(program, module)
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         weight = weight.float()

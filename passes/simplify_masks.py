@@ -71,19 +71,22 @@ class SimplifyMasks(Pass):
     name: ClassVar[str] = "simplify-masks"
 
     def run(self, program: Program, ctx: Context) -> int:
-        count = 0
+        total = 0
         for node in list(program.graph.graph.nodes):
+            count = 0
             if is_call(node, aten.index.Tensor):
-                count += self._index(node, ctx)
+                count = self._index(node, ctx)
             elif is_call(node, *ANDS):
-                count += self._and(program, node, ctx)
+                count = self._and(program, node, ctx)
             elif is_call(node, aten.scaled_dot_product_attention.default):
                 if _is_true(program, arguments(node)["attn_mask"]) and ctx.take():
                     node.args = node.args[:3] + tuple(None if at == 0 else x for at, x in enumerate(node.args[3:]))
                     node.kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
-                    count += 1
-            infer(program)
-        return count
+                    count = 1
+            if count:
+                infer(program)
+            total += count
+        return total
 
     def _index(self, node: Node, ctx: Context) -> int:
         axes = _lined_up(node)

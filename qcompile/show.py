@@ -16,37 +16,35 @@ if TYPE_CHECKING:
 
     from qcompile.program import Program
 
-Names = dict[str, str]
+
+class _Sizes:
+    """The text of sizes: the graph's symbols by the names the program has for them, such as s27 -> b."""
+
+    def __init__(self, program: Program):
+        self.symbols: dict[Any, sympy.Symbol] = {}
+        self.texts: dict[Any, str] = {}
+        placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
+        for node, port in zip(placeholders, (*program.inputs, *program.states.values()), strict=False):
+            for name, value in zip(port.shape, node.meta["val"].shape, strict=False):
+                if isinstance(name, str) and isinstance(value, torch.SymInt):
+                    self.symbols.setdefault(value.node.expr, sympy.Symbol(name))
+
+    def text(self, value: Any) -> str:
+        if not isinstance(value, torch.SymInt):
+            return str(value)
+        expr = value.node.expr
+        if expr not in self.texts:
+            self.texts[expr] = str(expr.xreplace(self.symbols))
+        return self.texts[expr]
 
 
-def _sizes(program: Program) -> Names:
-    """The graph's symbol for each named size, such as s27 -> "b"."""
-    placeholders = [node for node in program.graph.graph.nodes if node.op == "placeholder"]
-    names: Names = {}
-    for node, port in zip(placeholders, (*program.inputs, *program.states.values()), strict=False):
-        for name, value in zip(port.shape, node.meta["val"].shape, strict=False):
-            if isinstance(name, str) and isinstance(value, torch.SymInt):
-                names.setdefault(str(value.node.expr), name)
-    return names
-
-
-def _number(value: Any, sizes: Names) -> str:
-    if not isinstance(value, torch.SymInt):
-        return str(value)
-    expr = value.node.expr
-    if expr.is_Symbol:
-        return sizes.get(expr.name, expr.name)
-    named = {symbol: sympy.Symbol(sizes.get(symbol.name, symbol.name)) for symbol in expr.free_symbols}
-    return str(expr.xreplace(named))
-
-
-def _type(value: Any, sizes: Names) -> str:
+def _type(value: Any, sizes: _Sizes) -> str:
     """A value's dtype and shape: `f32[b, s, 64]`."""
     if isinstance(value, torch.Tensor):
-        return f"{NAMES.get(value.dtype, value.dtype)}[{', '.join(_number(size, sizes) for size in value.shape)}]"
+        return f"{NAMES.get(value.dtype, value.dtype)}[{', '.join(sizes.text(size) for size in value.shape)}]"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(_type(item, sizes) for item in value)})"
-    return _number(value, sizes)
+    return sizes.text(value)
 
 
 def _format(data: dict[str, Any]) -> str:
@@ -66,25 +64,25 @@ def _spec(data: dict[str, Any]) -> str:
         parts.append(f"-> {step['op']}" + (f"({step['act']})" if "act" in step else ""))
     if data["accuracy"] != "exact":
         parts.append(f"in {data['accuracy']}")
-    return f"'{' '.join(parts)}'"
+    return f'"{" ".join(parts)}"'
 
 
 def _text(item: str) -> str:
     """A string argument; the JSON of formats and specs in short."""
     if item.startswith("{"):
         data = json.loads(item)
-        return _spec(data) if "parts" in data else f"'{_format(data)}'"
+        return _spec(data) if "parts" in data else f'"{_format(data)}"'
     return repr(item)
 
 
-def _argument(item: Any, sizes: Names) -> str:
+def _argument(item: Any, sizes: _Sizes) -> str:
     if isinstance(item, Node):
         return item.name
     if isinstance(item, (list, tuple)):
         return f"[{', '.join(_argument(part, sizes) for part in item)}]"
     if isinstance(item, str):
         return _text(item)
-    return _number(item, sizes) if isinstance(item, torch.SymInt) else str(item)
+    return sizes.text(item)
 
 
 def _operation(node: Node) -> str:
@@ -93,7 +91,7 @@ def _operation(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _lines(graph: Graph, sizes: Names, owner: GraphModule, name: str) -> list[str]:
+def _lines(graph: Graph, sizes: _Sizes, owner: GraphModule, name: str) -> list[str]:
     inputs = [f"{n.target}: {_type(n.meta.get('val'), sizes)}" for n in graph.nodes if n.op == "placeholder"]
     lines, regions = [f"def {name}({', '.join(inputs)}):"], []
     for node in graph.nodes:
@@ -119,7 +117,7 @@ def show(program: Program) -> str:
 
     Formats and linear specs are shortened to what a reader needs; the text is for reading and is never run.
     """
-    sizes = _sizes(program)
+    sizes = _Sizes(program)
     stored = []
     for node in program.graph.graph.nodes:
         if node.op == "get_attr":
@@ -133,7 +131,7 @@ def to_networkx(program: Program) -> networkx.DiGraph:
     """The graph's data flow: a node for each FX node, with `op`, `type` and `module` attributes."""
     import networkx
 
-    sizes, made = _sizes(program), networkx.DiGraph()
+    sizes, made = _Sizes(program), networkx.DiGraph()
     for node in program.graph.graph.nodes:
         type_ = _type(node.meta.get("val"), sizes) if node.op != "output" else ""
         op = _operation(node) if node.op.startswith("call") else node.op
