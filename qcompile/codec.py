@@ -88,7 +88,7 @@ def _exact(kind: type) -> Decoder:
     def check(value: Any) -> Any:
         if type(value) is not kind:
             raise _Bad(value, {str: "a string", int: "an integer", bool: "true or false", float: "a number"}[kind])
-        if kind is int and abs(value) > MAX_INTEGER:
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
             raise _Bad(value, "an integer of at most 62 bits", "a number is too large")
         return value
 

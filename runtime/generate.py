@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -117,8 +117,8 @@ def generate(
     if bool((first + count != length).any()):
         remedy = 'pad on the left: tokenizer.padding_side = "left"'
         raise ConfigError("a prompt ends in padding", where="attention_mask", remedy=remedy)
-    put = getattr(streamer, "put", streamer)
-    if hasattr(streamer, "put"):
+    put: Callable[[torch.Tensor], Any] | None = getattr(streamer, "put", streamer)
+    if put is not None and put is not streamer:
         put(input_ids.cpu())
     ends = _ends(eos_token_id)
     pad = pad_token_id if pad_token_id is not None else int(ends[0]) if ends is not None else 0
@@ -146,6 +146,6 @@ def generate(
         step["input_ids"].copy_(tokens[:, None])
         out = run(step, state, out)
         step["position_ids"] += 1
-    if hasattr(streamer, "end"):
-        streamer.end()
+    if put is not None and put is not streamer:
+        cast(Any, streamer).end()
     return torch.cat([input_ids.cpu(), torch.stack(made, dim=1)], dim=1)

@@ -32,7 +32,7 @@ _PAUSE = {
     "aarch64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
     "arm64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
 }
-_NEEDED = ("sched_yield", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock")
+_NEEDED: tuple[str, ...] = ("sched_yield", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock")
 _NEEDED += ("pthread_cond_init", "pthread_cond_wait", "pthread_cond_broadcast")
 
 _TEXT = f"""

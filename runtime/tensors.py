@@ -46,7 +46,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> None:
     for name in _order(tensors):
         data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         for begin in range(0, len(data), CHUNK):
-            file.write(memoryview(data[begin : begin + CHUNK]))
+            file.write(data[begin : begin + CHUNK].data)
 
 
 def read_tensors(memory: mmap.mmap) -> dict[str, torch.Tensor]:
