@@ -66,30 +66,12 @@ class LanesReader:
         self.group = format.group
         self.needs_sums = self.zeros is not None or self.offsets is not None
         self.unit = next(u for u in (32, 16, 8, 4, 1) if format.group % u == 0 and u * min(self.widths) <= 32)
-        self._table = self._entries()
-        self._memory = self._in_memory()
+        entries = _entries(format)
+        self._table = entries if _in_registers(target, format) else None
+        self._memory = self._store(entries) if format.table is not None and self._table is None else None
 
-    def _entries(self) -> list[float] | None:
-        """What each code is worth without its scale, where a table of at most 16 entries says it; repeated to 16."""
-        if self.format.bits > 4:
-            return None
-        if self.format.table is not None:
-            entries = list(self.format.table)
-        elif self.target.isa == "avx512":
-            zero = self.format.zero if isinstance(self.format.zero, int | float) else 0.0
-            entries = [code - zero for code in range(1 << self.format.bits)]
-        else:
-            return None
-        entries += [0.0] * ((1 << self.format.bits) - len(entries))
-        return entries * (16 // len(entries))
-
-    def _in_memory(self) -> Value | None:
-        """The table on the stack, for machines that look tables up there."""
-        entries = self._table if self.target.isa == "portable" else None
-        if self.format.table is not None and self.format.bits > 4:
-            entries = list(self.format.table) + [0.0] * ((1 << self.format.bits) - len(self.format.table))
-        if entries is None:
-            return None
+    def _store(self, entries: list[float]) -> Value:
+        """The table on the stack, for machines that look it up there."""
         memory = self.t.stack(len(entries), "f32")
         for at in range(0, len(entries), LANES):
             self.t.store(self.t.constants(entries[at : at + LANES], "f32"), memory.at(at, "f32"))
@@ -115,20 +97,23 @@ class LanesReader:
         return out
 
     def _code(self, words: list[list[Value]], j: int) -> Value:
-        """The code of input j; bits above it are not cleared where one plane is all there is and a table drops them."""
-        code, below = None, 0
+        """The code of input j. For a table in registers, bits above the code are not cleared."""
+        code, below = self.t.constant(0, I32), 0
         for loaded, width in zip(words, self.widths, strict=True):
             per = 32 // width
-            word, place = loaded[j // per], j % per
-            shift = 8 * (place % 4) + width * (place // 4)
-            part = word >> shift
-            if self._table is None or self._memory is not None or len(self.widths) > 1:
-                part = part & ((1 << width) - 1)
-            part = part << below
-            code, below = part if code is None else code | part, below + width
-        if code is None:
-            raise InternalError("a code without planes", found=self.format.bits)
-        return code
+            place = j % per
+            up = below - (8 * (place % 4) + width * (place // 4))
+            part = loaded[j // per] << up if up > 0 else loaded[j // per] >> -up
+            code, below = self._merge(code, part, below) if below else part, below + width
+        return code if self._table is not None else code & ((1 << below) - 1)
+
+    def _merge(self, low: Value, high: Value, bits: int) -> Value:
+        """The low bits of `low` below the other bits of `high`."""
+        if self.target.isa != "avx512":
+            return (low & ((1 << bits) - 1)) | (high & -(1 << bits))
+        choose = self.t.constant(0xCA, "i32")  # the truth table of "first ? second : third"
+        mask = self.t.constant((1 << bits) - 1, I32)
+        return self.t.intrinsic("llvm.x86.avx512.pternlog.d.512", [mask, low, high, choose], I32)
 
     def value(self, words: list[list[Value]], j: int) -> Value:
         t, code = self.t, self._code(words, j)
@@ -145,9 +130,12 @@ class LanesReader:
         return t.cast("sitofp", code, "f32")
 
     def _look_up(self, code: Value) -> Value:
-        """The entry at the low four bits of each code."""
+        """The entry at the low bits of each code, four or five."""
         t, entries = self.t, self._table
         assert entries is not None
+        if len(entries) == 32:
+            halves = [t.constants(half, "f32") for half in (entries[:16], entries[16:])]
+            return t.intrinsic("llvm.x86.avx512.vpermi2var.ps.512", [halves[0], code, halves[1]], F32)
         if self.target.isa == "avx512":
             return t.intrinsic("llvm.x86.avx512.permvar.sf.512", [t.constants(entries, "f32"), code], F32)
         low, high = t.constants(entries[:8], "f32"), t.constants(entries[8:], "f32")
@@ -171,6 +159,24 @@ class LanesReader:
 
     def single(self, block: Value, k: Value) -> Value:
         raise InternalError("a group has no rest", found=self.format.group)
+
+
+def _in_registers(target: Target, format: Lanes) -> bool:
+    """True where one or two instructions look codes up; on AVX-512 that also beats arithmetic."""
+    if target.isa == "avx512":
+        return format.bits <= 5
+    return target.isa == "avx2" and format.table is not None and format.bits <= 4
+
+
+def _entries(format: Lanes) -> list[float]:
+    """What each code is worth without its scale, for at least four bits of code: those above the format's are ignored."""
+    size = 1 << format.bits
+    if format.table is not None:
+        entries = [*format.table, *[0.0] * (size - len(format.table))]
+    else:
+        zero = format.zero if isinstance(format.zero, int | float) else 0.0
+        entries = [code - zero for code in range(size)]
+    return entries * max(1, LANES // size)
 
 
 class DenseReader:

@@ -20,7 +20,7 @@ from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
 TEMPLATE = "linear-gemv"
-INLINE = 4  # units of a group that are written out instead of looped over
+INLINE = 32  # inputs of a group that are written out instead of looped over
 
 
 def scratch(params: dict[str, Any], k: int) -> int:
@@ -145,7 +145,7 @@ class _Gemv:
         t, zero = self.t, self.t.constant(0.0, F32)
         count = len(blocks) * self.rows
         sums = [zero] * (count * self.chains)
-        if weight.group is not None and weight.group // weight.unit <= INLINE:
+        if weight.group is not None and weight.group <= INLINE:
             for at in range(0, weight.group, weight.unit):
                 sums = self._unit(weight, blocks, start + at, sums)
         else:
