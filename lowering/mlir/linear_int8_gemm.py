@@ -64,6 +64,11 @@ def _finish(
             epilogue.finish(section, block, row, [t.load(home.at(place, "f32"), F32) for home in homes])
 
 
+def _again(t: Text, pointer: Value) -> Value:
+    """Sixteen sums, read from memory for certain: else LLVM keeps all of them in registers as well, that is on the stack."""
+    return t.op(f"llvm.load volatile {pointer} {{alignment = 4}} : !llvm.ptr -> {F32}", F32)
+
+
 class _Gemm:
     """Writes the sums of `side` blocks of one stream for the rows top .. bottom - 1."""
 
@@ -109,7 +114,7 @@ class _Gemm:
                 x_sum = self._read(rows.sums, index, row, "f32") if s.sums == "after" else None
                 for i, group in enumerate(groups):
                     place = home.at((row * side + i) * LANES, "f32")
-                    t.store(group.add(t.load(place, F32), dots[row * side + i], x_scale, x_sum), place)
+                    t.store(group.add(_again(t, place), dots[row * side + i], x_scale, x_sum), place)
         if s.late or s.unit != 1.0:
             for i in range(r.tile * side):
                 place = home.at(i * LANES, "f32")

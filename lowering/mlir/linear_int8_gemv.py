@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompile.formats.stream import planes
 from qcompile.lowering.mlir.activation_int8 import Rounding, Rows, round_row
 from qcompile.lowering.mlir.epilogue import Epilogue
 from qcompile.lowering.mlir.int8_dot import WORDS, dot, quads
@@ -18,6 +19,7 @@ from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
 TEMPLATE = "linear-int8-gemv"
+AHEAD = 64  # cache lines of each stream that are asked for before they are needed
 
 
 def scratch(params: dict[str, Any]) -> int:
@@ -90,16 +92,16 @@ class _Gemv:
             sums = [self._row(self.x.sums, index, row) for row in range(self.rows)] if s.sums != "none" else None
             dots = [t.broadcast(self._as_int(v), LANES) for v in sums] if sums and s.sums == "start" else None
             dots = (dots or [t.constant(0, WORDS)] * self.rows) * len(blocks)
-            columns = [
-                quads(t, self.target, s.codes, words[i], inputs * per_block, per_block) for i in range(len(blocks))
-            ]
-            for quad in range(per_block):
-                for row in range(self.rows):
-                    place = x.at(((inputs * per_block) + quad) * self.rows + row, "i32")
-                    codes = t.broadcast(t.load(place, "i32"), LANES)
-                    for i in range(len(blocks)):
-                        at = i * self.rows + row
-                        dots[at] = dot(t, self.target, s.codes.greatest, dots[at], columns[i][quad], codes)
+            if self.target.vnni or s.block % s.codes.span:
+                dots = self._dots(words, x, inputs * per_block, per_block, dots)
+            else:
+                # Without the dot instruction LLVM spreads a long block over more registers than there are.
+                start, end = ((chunk * (s.chunk // s.block) + inputs + i) * s.block for i in range(2))
+                with t.loop(start, end, s.codes.span, carry=dots) as loop:
+                    place = [block.words_at(loop.index) for block in blocks]
+                    codes = self.x.codes.at(loop.index // 4 * self.rows, "i32")
+                    loop.carry(self._dots(place, codes, 0, s.codes.span // 4, list(loop.values)))
+                dots = list(loop.results)
             group = group_of(s, s.lanes.group, chunk, inputs)
             scales = [
                 t.broadcast(self._row(self.x.scales, group_of(s, s.act_group, chunk, inputs), row), LANES)
@@ -112,6 +114,21 @@ class _Gemv:
                     at = i * self.rows + row
                     totals[at] = stored.add(totals[at], dots[at], scales[row], x_sums[row])
         return totals
+
+    def _dots(self, words: list[list[Value]], x: Value, first: int, count: int, dots: list[Value]) -> list[Value]:
+        """Adds quads first .. first + count - 1 behind `words` (of each block) and `x` to the dot products."""
+        t, dots, widths = self.t, list(dots), planes(self.s.lanes.bits)
+        for pointer, width in ((place[i], width) for place in words for i, width in enumerate(widths)):
+            for word in range(first * width // 8, (first + count) * width // 8):
+                t.prefetch(pointer.at((word + AHEAD) * LANES, "i32"))
+        for quad in range(first, first + count):
+            columns = [quads(t, self.target, self.s.codes, place, quad, 1)[0] for place in words]
+            for row in range(self.rows):
+                codes = t.broadcast(t.load(x.at(quad * self.rows + row, "i32"), "i32"), LANES)
+                for i, column in enumerate(columns):
+                    at = i * self.rows + row
+                    dots[at] = dot(t, self.target, self.s.codes.greatest, dots[at], column, codes)
+        return dots
 
     def _row(self, base: Value, index: Value, row: int) -> Value:
         return self.t.load(base.at(index * self.rows + row, "f32"), "f32")
