@@ -165,7 +165,7 @@ class Artifact:
     `sizes` bounds each named size (least, greatest). `structure` says what a call returns: {"output": name} is a
     tensor, {"tuple" | "list": [...]}, {"dict" | "fields": {...}} hold more of the same; None stands for the one output,
     or a tuple of them. `model_config` and `quantization_config` are as in a model's config.json, for information;
-    `generation` holds defaults of generate().
+    `generation` holds defaults of generate(); `defaults` the number that fills an input which the caller leaves out.
     """
 
     target: str
@@ -179,3 +179,4 @@ class Artifact:
     model_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, int | float] = field(default_factory=dict)

@@ -8,14 +8,17 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from qcompile.artifact import Buffer
 from qcompile.errors import ConfigError
+from qcompile.runtime.inputs import Signature
 from qcompile.runtime.state import State
 
 
 class Runner(Protocol):
     """A session, whatever runs it."""
 
-    states: Any
+    signature: Signature
+    states: tuple[Buffer, ...]
 
     def new_state(self, batch: int) -> State: ...
 
@@ -125,7 +128,7 @@ def generate(
 
     state = run.new_state(batch)
     state.first.copy_(first)
-    state.reserve(length + max_new_tokens, getattr(getattr(run, "signature", None), "longest", None))
+    state.reserve(length + max_new_tokens, run.signature.longest)
     position = (torch.arange(length) - first[:, None]).clamp(min=0)
     inputs = {"input_ids": input_ids, "position_ids": position, "keep": torch.tensor([length - 1])}
     out = run(inputs, state)

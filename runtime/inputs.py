@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from qcompile.artifact import Buffer, Port
-from qcompile.dims import Dim, evaluate
+from qcompile.dims import Dim, evaluate, names
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.runtime.state import CAPACITY, State
@@ -84,6 +84,23 @@ class Signature:
         for name, below in self.below.items():
             check_indices(name, given[name], evaluate(below, sizes))
         return given, sizes
+
+    def fill(self, given: Mapping[str, torch.Tensor], defaults: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """`given` and, for each input that is missing and has a default, a tensor full of it.
+
+        Its shape comes from the sizes that the given inputs name.
+        """
+        filled, sizes = dict(given), dict[str, int]()
+        for name, tensor in given.items():
+            if name in self.ports and isinstance(tensor, torch.Tensor):
+                pairs = zip(self.ports[name].view.shape, tensor.shape, strict=False)
+                sizes.update({dim: found for dim, found in pairs if isinstance(dim, str) and dim.isidentifier()})
+        for name in defaults.keys() & self.ports.keys() - given.keys():
+            port = self.ports[name]
+            if all(names(dim) <= sizes.keys() for dim in port.view.shape):
+                shape = [evaluate(dim, sizes) for dim in port.view.shape]
+                filled[name] = torch.full(shape, defaults[name], dtype=DTYPES[port.dtype])
+        return filled
 
     def _names(self, given: Mapping[str, torch.Tensor]) -> None:
         known = ", ".join(self.ports)

@@ -75,6 +75,7 @@ class CompiledModel:
         ports = self._inputs()
         given = self._named(args, inputs, tuple(ports))
         given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        given = self.session.signature.fill(given, self.artifact.defaults)
         return structured(self.session(given), self.artifact.structure)
 
     def _inputs(self) -> list[str]:

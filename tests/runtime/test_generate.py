@@ -7,6 +7,7 @@ import torch
 
 from qcompile.errors import ConfigError
 from qcompile.runtime.generate import Sampling, choose, first_tokens, generate, shares
+from qcompile.runtime.inputs import Signature
 from qcompile.runtime.state import State
 
 VOCABULARY = 50
@@ -16,7 +17,7 @@ class Toy:
     """After token x at position p comes (3 x + p + 1) mod 50; keeps the inputs it was given."""
 
     def __init__(self):
-        self.states, self.seen = (), []
+        self.states, self.seen, self.signature = (), [], Signature((), {}, {})
 
     def new_state(self, batch):
         return State((), batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import small_programs as small
 import torch
 
-from qcompile.artifact import Artifact, WeightRecord
+from qcompile.artifact import Artifact, Buffer, GraphNode, WeightRecord
 from qcompile.errors import ArtifactError, ConfigError, ToolchainError
 from qcompile.runtime.cache import build_kernels, cache_folder
 from qcompile.runtime.load import load
@@ -182,6 +183,18 @@ def test_a_weight_may_be_rows_of_a_permuted_one():
 def test_calls_that_do_not_fit(path, args, inputs, text):
     with pytest.raises(ConfigError, match=text):
         load(path, "reference")(*args, **inputs)
+
+
+def test_an_input_with_a_default_may_be_left_out():
+    graph = artifacts.arithmetic_graph()
+    inputs = (*graph.inputs, Buffer("bias", "f32", ("b", 4), "input"))
+    last = GraphNode("t4", "aten.add.Tensor", ({"node": "t3"}, {"node": "bias"}))
+    graph = dataclasses.replace(graph, inputs=inputs, nodes=(*graph.nodes, last), outputs={"output": {"node": "t4"}})
+    artifact = Artifact("reference", "module", graph=graph, defaults={"bias": 2})
+    model = CompiledModel(Contents(artifact, {"w": W}))
+    assert torch.equal(model(X), Y + 2) and torch.equal(model(X, torch.ones(2, 4)), Y + 1)
+    with pytest.raises(ConfigError, match="an input is missing"):
+        model(bias=X)
 
 
 def test_structures():
