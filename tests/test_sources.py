@@ -200,7 +200,7 @@ def test_a_module_names_a_shared_tensor_once():
     assert source.info("1.bias") == TensorInfo("f32", (3,)) and source.describe() == "the module Sequential"
     renamed = Renamed(source, {"w": "0.weight"})
     assert renamed.names() == ("w",) and torch.equal(renamed.read("w"), model[0].weight)
-    with pytest.raises(CheckpointError, match="there is no tensor '0.weight'"):
+    with pytest.raises(CheckpointError, match=r"there is no tensor '0\.weight'"):
         renamed.read("0.weight")
 
 
