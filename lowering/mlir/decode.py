@@ -12,7 +12,8 @@ from typing import Protocol
 from qcompile.dtypes import itemsize
 from qcompile.errors import InternalError
 from qcompile.format import Format
-from qcompile.formats.lanes import Lanes, LanesDense, planes
+from qcompile.formats.lanes import Lanes, LanesDense
+from qcompile.formats.stream import planes
 from qcompile.lowering.mlir.linear import F32, I32, LANES, Operands, Shape
 from qcompile.lowering.mlir.memory import ELEMENTS, gather, load
 from qcompile.lowering.mlir.text import Text, Value, vector
@@ -37,20 +38,30 @@ class Scaling:
 class Reader(Protocol):
     """How kernels read one weight. `unit` inputs are read together; it divides the group, if there is one."""
 
-    unit: int
-    group: int | None
-    needs_sums: bool  # zero or offset are stored, so that sums of x over each group are wanted
+    @property
+    def unit(self) -> int: ...
+
+    @property
+    def group(self) -> int | None: ...
+
+    @property
+    def needs_sums(self) -> bool:
+        """True where zero or offset are stored, so that sums of x over each group are wanted."""
+        ...
 
     def words(self, block: Value, k: Value) -> list[list[Value]]:
         """What the values of inputs k .. k + unit - 1 are made of; k is a multiple of `unit`."""
+        ...
 
     def value(self, words: list[list[Value]], j: int) -> Value:
         """The value at input k + j."""
+        ...
 
     def scaling(self, block: Value, group: Value) -> Scaling: ...
 
     def single(self, block: Value, k: Value) -> Value:
         """The value at input k, wherever k is: for the last K % unit inputs where there is no group."""
+        ...
 
 
 class LanesReader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Node
 
@@ -51,11 +51,11 @@ def emit(params: dict[str, Any], target: Target) -> str:
 
 def lower_embedding(node: Node, ctx: Context) -> None:
     """`qcompile.embedding` as one call."""
-    ids, stored, text, n, k = node.args
+    ids, stored, text, n, k = cast("tuple[Node, list[Node], str, int, int]", node.args)
     if ctx.dtype(node) != "f32":
         raise Refuse(f"the embedding kernel writes f32, not {ctx.dtype(node)}")
-    params = {"format": json.loads(text), "n": n, "k": k}  # type: ignore[arg-type]
-    rows = ctx.contiguous(ids, "i64")  # type: ignore[arg-type]
-    tables = [ctx.view(item) for item in stored]  # type: ignore[union-attr]
+    params = {"format": json.loads(text), "n": n, "k": k}
+    rows = ctx.contiguous(ids, "i64")
+    tables = [ctx.view(item) for item in stored]
     args = [rows, ctx.output(node), *tables]
-    ctx.emit(ctx.call(TEMPLATE, params, args, (times(*ctx.shape(ids)),), (1,)))  # type: ignore[arg-type]
+    ctx.emit(ctx.call(TEMPLATE, params, args, (times(*ctx.shape(ids)),), (1,)))

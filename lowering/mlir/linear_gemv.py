@@ -26,7 +26,8 @@ INLINE = 32  # inputs of a group that are written out instead of looped over
 def scratch(params: dict[str, Any], k: int) -> int:
     """float32 elements that each thread needs beside it, a multiple of 16; 0 for none."""
     shape = Shape.of(params)
-    floats = params["rows"] * ((k if shape.prologue else 0) + sum(k // group for group in _groups(shape)))
+    rows: int = params["rows"]
+    floats = rows * ((k if shape.prologue else 0) + sum(k // group for group in _groups(shape)))
     return -(-floats // LANES) * LANES
 
 

@@ -8,6 +8,7 @@ says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch.fx import Node
 
@@ -21,7 +22,7 @@ from qcompile.lowering.mlir.linear import LANES, Shape, norm_count
 from qcompile.lowering.mlir.linear_int8_rule import lower_int8
 from qcompile.ops import LinearSpec
 
-GEMV_ROWS = (1, 2, 4)  # a kernel for one row is written for one row
+GEMV_ROWS = (1, 4)  # what "linear-gemv" is written for
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ Choice = tuple[tuple[Dim, int] | None, list[Call]]
 
 def lower_linear(node: Node, ctx: Context) -> None:
     """y = epilogue(prologue(x) @ W.T + bias) as one step; the number of rows chooses the variant when it runs."""
-    spec = LinearSpec.from_text(str(node.args[3]))
+    x, stored, extras, text = cast("tuple[Node, list[Node], list[Node], str]", node.args)
+    spec = LinearSpec.from_text(text)
     if ctx.dtype(node) != "f32":
         raise Refuse(f"linear kernels write f32, not {ctx.dtype(node)}")
     reason = ""
@@ -68,11 +70,9 @@ def lower_linear(node: Node, ctx: Context) -> None:
             return _report(node, spec, ctx, reason)
         except Refuse as refusal:
             reason = f"exact instead of int8: {refusal}"
-    x, stored, extras = (node.args[i] for i in range(3))
-    assert isinstance(x, Node)
     shape = _shape(spec)
-    weights = tuple(ctx.view(item) for item in stored)  # type: ignore[union-attr]
-    given = tuple(_float(item, ctx) for item in extras)  # type: ignore[union-attr]
+    weights = tuple(ctx.view(item) for item in stored)
+    given = tuple(_float(item, ctx) for item in extras)
     source, m = ctx.contiguous(x, "f32"), times(*ctx.shape(x)[:-1])
     ctx.variants(_choices(Request(ctx, spec, shape, m, source, ctx.output(node), weights, given)))
     _report(node, spec, ctx, reason)
@@ -139,7 +139,7 @@ def _report(node: Node, spec: LinearSpec, ctx: Context, reason: str) -> None:
     """Kernel and tier of each module whose weight the node reads."""
     program, at = ctx.program, 0
     kernel = ctx.steps[-1].variants[0].calls[-1].kernel
-    tensors = [item.meta["tensor"] for item in node.args[1]]  # type: ignore[union-attr]
+    tensors = [item.meta["tensor"] for item in cast("list[Node]", node.args[1])]
     for part in spec.parts:
         names = tensors[at : at + part.tensors]
         at += part.tensors

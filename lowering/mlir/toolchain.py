@@ -81,7 +81,7 @@ def _optimized(text: str, target: Target, machine: llvm.TargetMachine) -> llvm.M
         module.verify()
     except RuntimeError as error:
         _fail("LLVM refused a kernel's text", text, ".ll", error)
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)  # 3 takes longer and finds no more here
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     return module
