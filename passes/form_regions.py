@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ aten = torch.ops.aten
 POINTWISE = frozenset(
     overload
     for name in (
-        "__and__", "__or__", "__xor__", "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "cos", "div", "eq", "erf", "exp",
+        "__and__", "__or__", "__xor__", "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil",
+        "clamp", "clamp_max", "clamp_min", "cos", "div", "eq", "erf", "exp",
         "expm1", "floor", "ge", "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "log", "log1p",
         "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "pow",
         "reciprocal", "relu", "round", "rsqrt", "rsub", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "sub",
@@ -31,7 +33,10 @@ POINTWISE = frozenset(
 )  # fmt: skip
 """Operators that compute every element of their result from the elements at the same place of their operands."""
 
-CHEAP = frozenset({aten.to.dtype, *(getattr(getattr(aten, name), kind) for name in ("add", "mul", "sub") for kind in ("Tensor", "Scalar"))})
+CHEAP = frozenset({
+    aten.to.dtype, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
+})  # fmt: skip
+"""Operators that cost less to compute again for every element than to store."""
 
 
 def is_pointwise(node: Node) -> bool:
@@ -157,5 +162,5 @@ def _sort(graph: Graph) -> None:
                 later.append(node)
         waiting = later
     nodes = list(placed)
-    for before, node in zip(nodes, nodes[1:], strict=False):
+    for before, node in itertools.pairwise(nodes):
         before.append(node)

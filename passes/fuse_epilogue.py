@@ -71,9 +71,9 @@ def _step(linear: Linear) -> _Step | str | None:
     if not isinstance(other, Node) or other is y or arguments(user).get("alpha", 1) != 1:
         return "the other operand is a number, the linear itself, or scaled"
     name = "add" if is_call(user, aten.add.Tensor) else "mul"
-    if name == "add" and other.op == "get_attr" and shape(other) == (linear.spec.n,):
-        if not linear.spec.bias and not linear.spec.epilogue:
-            return _Step(user, None, other)
+    bare = not linear.spec.bias and not linear.spec.epilogue
+    if bare and name == "add" and other.op == "get_attr" and shape(other) == (linear.spec.n,):
+        return _Step(user, None, other)
     if shape(other) != shape(y) or other.meta["val"].dtype != y.meta["val"].dtype:
         return f"the other operand of {name} has shape {list(shape(other))}, the linear's is {list(shape(y))}"
     return _Step(user, {"op": name}, other)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import ClassVar
 
 import torch
@@ -138,7 +137,11 @@ class MergeLinears(Pass):
 
     def _name(self, program: Program, paths: list[str]) -> str:
         """`a.b.gate_proj_up_proj` for a.b.gate_proj and a.b.up_proj."""
-        base = commonprefix([path.split(".")[:-1] for path in paths])
+        base = []
+        for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
+            if len(set(names)) > 1:
+                break
+            base.append(names[0])
         return ".".join([*base, "_".join(path.rpartition(".")[2] for path in paths)])
 
     def _store(self, program: Program, weight: Packed, name: str) -> list[Node]:

@@ -211,9 +211,9 @@ def _slices(program: Program) -> int:
 class Normalise(Pass):
     """One form of everything that later passes look for.
 
-    linear, addmm, mm, matmul, baddbmm and Conv1D with a stored weight become `aten.linear(x, w, bias)` with w [N, K], where w
-    is a stored tensor or `aten.t` of one; casts become `aten.to.dtype`, views `aten.reshape`; splits become slices; operators that change nothing,
-    and checks that export left behind, go.
+    linear, addmm, mm, matmul, baddbmm and Conv1D with a stored weight become `aten.linear(x, w, bias)` with w [N, K], where
+    w is a stored tensor or `aten.t` of one; casts become `aten.to.dtype`, views `aten.reshape`; splits become slices;
+    operators that change nothing, and checks that export left behind, go.
     """
 
     name: ClassVar[str] = "normalise"

@@ -39,11 +39,11 @@ class Match:
 class Pattern:
     """Replace what `find` computes by what `replace` computes.
 
-    Both take the same arguments, in order. `find` is traced once: each argument matches any value (the same value when it is
-    named twice), each operator the same operator, each number itself; additions and multiplications match in both orders.
+    Both take the same arguments, in order. `find` is traced once: each argument matches any value (the same value when
+    it is named twice), each operator the same operator, each number itself; sums and products match in both orders.
     `replace` is called for each match with the values found: nodes as FX proxies, numbers, strings and None as they are.
-    `where` may give a reason why a match must be left alone ("" for one not worth keeping). Nodes inside a match may not be used outside it, unless their
-    operator is in `shared`: those stay for their other users.
+    `where` may give a reason why a match must be left alone ("" for one not worth keeping). Nodes inside a match may not
+    be used outside it, unless their operator is in `shared`: those stay for their other users.
     `key` is the operator that makes a failed attempt worth a refusal, once it is among the nodes that agree; without a key
     only what `where` says, and values used elsewhere, are refusals.
     """

@@ -79,14 +79,18 @@ class SimplifyMasks(Pass):
             elif is_call(node, *ANDS):
                 count = self._and(program, node, ctx)
             elif is_call(node, aten.scaled_dot_product_attention.default):
-                if _is_true(program, arguments(node)["attn_mask"]) and ctx.take():
-                    node.args = node.args[:3] + tuple(None if at == 0 else x for at, x in enumerate(node.args[3:]))
-                    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
-                    count = 1
+                count = self._attention(program, node, ctx)
             if count:
                 infer(program)
             total += count
         return total
+
+    def _attention(self, program: Program, node: Node, ctx: Context) -> int:
+        if not _is_true(program, arguments(node)["attn_mask"]) or not ctx.take():
+            return 0
+        node.args = node.args[:3] + tuple(None if at == 0 else x for at, x in enumerate(node.args[3:]))
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
+        return 1
 
     def _index(self, node: Node, ctx: Context) -> int:
         axes = _lined_up(node)

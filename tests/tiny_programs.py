@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch.export import Dim, export
 
+from qcompile.capture import aliases, weight_modules
 from qcompile.dtypes import NAMES
 from qcompile.flatten import flatten
 from qcompile.passes.base import Context, Pass, check, run_pipeline
-from qcompile.program import Input, Module, Program
+from qcompile.program import Input, Program
 from qcompile.report import Report
 from qcompile.sources import Ledger, ModuleState
-
-KINDS = {"Linear": "Linear", "Conv1D": "Conv1D", "Embedding": "Embedding"}
 
 
 def program(module: torch.nn.Module, *examples: torch.Tensor, dynamic: dict[int, str] | None = None) -> Program:
@@ -24,17 +23,10 @@ def program(module: torch.nn.Module, *examples: torch.Tensor, dynamic: dict[int,
     shapes: Any = tuple({i: d for i, d in dims.items() if i < x.dim()} for x in examples)
     shapes = (shapes,) if isinstance(module, Call) else shapes  # its forward takes *inputs
     exported = export(module.eval(), examples, dynamic_shapes=shapes if dims else None, strict=False)
-    source = ModuleState(module)
-    state = {name: source.read(name) for name in source.names()}
-    flat = flatten(exported, lambda name: name, lambda name, fake: state.get(name, fake))
-    modules = {}
-    for path, child in module.named_modules():
-        kind = KINDS.get(type(child).__name__)
-        if kind:
-            rows, columns = child.weight.shape
-            n, k = (columns, rows) if kind == "Conv1D" else (rows, columns)
-            bias = f"{path}.bias" if getattr(child, "bias", None) is not None else None
-            modules[path] = Module(path, kind, n, k, f"{path}.weight", bias)
+    source, first = ModuleState(module), aliases(module)
+    state = {name: source.read(first[name]) for name in first}
+    flat = flatten(exported, lambda name: first.get(name, name), lambda name, fake: state.get(name, fake))
+    modules = weight_modules(module, source)
     inputs = tuple(
         Input(name, NAMES[x.dtype], tuple((dynamic or {}).get(i, s) for i, s in enumerate(x.shape)))
         for name, x in zip(flat.inputs, examples, strict=True)
