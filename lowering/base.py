@@ -23,6 +23,14 @@ class Refuse(Exception):
     """A rule cannot lower this node; the text is the reason and goes to the report."""
 
 
+def operands(node: Node, **defaults: Any) -> list[Any]:
+    """The arguments that the operator's schema requires, in order, then those that `defaults` names, in its order."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((item.name for item in schema), node.args, strict=False)) | dict(node.kwargs)
+    required = [item.name for item in schema if not item.has_default_value() and item.name not in defaults]
+    return [*(given[name] for name in required), *(given.get(name, value) for name, value in defaults.items())]
+
+
 class Copier(Protocol):
     """Emits the call that copies (and converts) one strided view into another; each backend has one."""
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tiny_programs import Call, program
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from tiny_programs import Call, program
 
 from qcompile.artifact import Built, KernelSpec
 from qcompile.backend import ReferenceBackend
 from qcompile.dtypes import NAMES
 from qcompile.lowering.lower import lower
-from qcompile.lowering.mlir.build import build
+from qcompile.lowering.mlir.build import Builder
 from qcompile.lowering.mlir.pointwise import copier
 from qcompile.lowering.mlir.rules import rule_for
 from qcompile.passes.base import Context, Pass, run_pipeline
@@ -29,7 +29,7 @@ from qcompile.target import native
 @functools.cache
 def _built(text: str) -> Built:
     template, params = json.loads(text)
-    return build({"kernel": KernelSpec(template, params)}, native())["kernel"]
+    return Builder().build({"kernel": KernelSpec(template, params)}, native().name)["kernel"]
 
 
 class Lowered:
@@ -43,7 +43,7 @@ class Lowered:
 
     @classmethod
     def traced(cls, function: Callable[..., Any], *examples: torch.Tensor, threads: int = 2) -> Lowered:
-        """For operators that write to an input, which export would replace: the function, in overloads of operators, as it is traced."""
+        """For operators that write to an input, which export would replace; `function` calls overloads of operators."""
         made, graph = cls.__new__(cls), torch.fx.symbolic_trace(function)
         output = graph.graph.output_node()
         output.args = ((output.args[0],),)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from qcompile.artifact import Call, View
 from qcompile.dims import Dim, plus, times
-from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.mlir.attention_kernel import Attention
 from qcompile.lowering.mlir.memory import FLOATS
 
@@ -20,7 +20,7 @@ SPLIT = 64  # keys of one part where a single query meets the cache
 
 
 def lower_cached_attention(node: Node, ctx: Context) -> None:
-    q, k, v, cos, sin, k_cache, v_cache, past, start, scale, window, softcap, sinks = node.args
+    q, k, v, cos, sin, k_cache, v_cache, past, start, scale, window, softcap, sinks = operands(node)
     what, tensors = _describe(ctx, q, k_cache, v_cache, scale)
     shape = ctx.shape(q)
     new = {"k": _rows(ctx, k), "v": _rows(ctx, v)}
@@ -57,7 +57,7 @@ def lower_cached_attention(node: Node, ctx: Context) -> None:
 
 
 def lower_attention(node: Node, ctx: Context) -> None:
-    q, k, v, scale, causal, window, softcap, sinks = node.args
+    q, k, v, scale, causal, window, softcap, sinks = operands(node)
     what, tensors = _describe(ctx, q, k, v, scale)
     what = replace(
         what, causal=causal, window=window, softcap=softcap, y=ctx.dtype(node),
@@ -70,11 +70,11 @@ def lower_attention(node: Node, ctx: Context) -> None:
 
 
 def lower_sdpa(node: Node, ctx: Context) -> None:
-    q, k, v, mask, dropout, causal = (list(node.args) + [None, 0.0, False][len(node.args) - 3 :])[:6]
-    mask, causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", causal)
-    if node.kwargs.get("dropout_p", dropout):
+    q, k, v, mask, dropout, causal, scale = operands(
+        node, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
+    )
+    if dropout:
         raise Refuse("attention with dropout")
-    scale = node.kwargs.get("scale")
     width = _whole(ctx.shape(q)[-1])
     what, tensors = _describe(ctx, q, k, v, 1.0 / math.sqrt(width) if scale is None else scale)
     extra: list[Dim] = []
@@ -82,7 +82,8 @@ def lower_sdpa(node: Node, ctx: Context) -> None:
         tensors["mask"] = view = _mask(ctx, mask, ctx.shape(k)[2])
         what = replace(what, mask=ctx.strided(mask).dtype)
         lead = 4 - len(view.shape)
-        extra = [0] * lead + [0 if size == 1 else step for size, step in zip(view.shape[:-1], view.strides, strict=False)]
+        extra += [0] * lead
+        extra += [0 if size == 1 else step for size, step in zip(view.shape[:-1], view.strides, strict=False)]
     what = replace(what, causal=causal, y=ctx.dtype(node))
     shape = ctx.shape(q)
     output = ctx.output_in_order(node, (0, 2, 1, 3))
@@ -90,7 +91,7 @@ def lower_sdpa(node: Node, ctx: Context) -> None:
 
 
 def lower_rope(node: Node, ctx: Context) -> None:
-    x, cos, sin = node.args
+    x, cos, sin = operands(node)
     b, heads, s, d = ctx.shape(x)
     views = [_rows(ctx, item) for item in (x, cos, sin)]
     if views[1].strides != views[2].strides or ctx.strided(cos).dtype != ctx.strided(sin).dtype:
@@ -113,9 +114,9 @@ def _describe(ctx: Context, q: Node, k: Node, v: Node, scale: float) -> tuple[At
         raise Refuse(f"{heads} query heads over {kv_heads} key heads")
     group = heads // kv_heads
     views = {name: _rows(ctx, item) for name, item in (("q", q), ("k", k), ("v", v))}
-    dtypes = {name: ctx.strided(item).dtype for name, item in (("q", q), ("k", k), ("v", v))}
     queries = max(1, min(ROWS, STACK // (d + dv)) // group)
-    return Attention(group, kv_heads, d, dv, queries, scale, **dtypes), views
+    dtypes = [ctx.strided(item).dtype for item in (q, k, v)]
+    return Attention(group, kv_heads, d, dv, queries, scale, q=dtypes[0], k=dtypes[1], v=dtypes[2]), views
 
 
 def _call(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.symbolic import Strided, size
 
 
 def lower_cat(node: Node, ctx: Context) -> None:
     """One step of copies, which do not depend on each other."""
-    parts = [part for part in node.args[0] if len(part.meta["val"].shape) > 1 or part.meta["val"].numel() != 0]
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    given, axis = operands(node, dim=0)
+    parts = [part for part in given if len(part.meta["val"].shape) > 1 or part.meta["val"].numel() != 0]
     ctx.output(node)
     target = ctx.strided(node)
     axis %= len(target.shape)
@@ -24,10 +24,10 @@ def lower_cat(node: Node, ctx: Context) -> None:
 
 
 def lower_stack(node: Node, ctx: Context) -> None:
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    parts, axis = operands(node, dim=0)
     ctx.output(node)
     target = ctx.strided(node)
-    for i, part in enumerate(node.args[0]):
+    for i, part in enumerate(parts):
         _copy(ctx, ctx.strided(part), target.select(axis % len(target.shape), i))
 
 

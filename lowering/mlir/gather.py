@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.dims import times
-from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
@@ -17,17 +17,17 @@ TEMPLATE = "gather"
 
 
 def lower_embedding(node: Node, ctx: Context) -> None:
-    table, ids = node.args[:2]
+    table, ids = operands(node)[:2]
     _lower(node, ctx, table, ids, 0)
 
 
 def lower_index_select(node: Node, ctx: Context) -> None:
-    x, axis, index = node.args
+    x, axis, index = operands(node)
     _lower(node, ctx, x, index, axis % len(ctx.shape(x)))
 
 
 def lower_index(node: Node, ctx: Context) -> None:
-    x, indices = node.args
+    x, indices = operands(node)
     places = [i for i, item in enumerate(indices) if item is not None]
     if len(places) != 1:
         raise Refuse("indexing by more than one tensor")

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.dims import Dim, times
-from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.mlir.elementary import log
 from qcompile.lowering.mlir.memory import FLOATS, first_lanes, load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
@@ -20,19 +20,19 @@ TEMPLATE = "row-norm"
 
 
 def lower_rms_norm(node: Node, ctx: Context) -> None:
-    x, weight, eps, offset = node.args
+    x, weight, eps, offset = operands(node)
     _lower(node, ctx, x, {"op": "rms_norm", "eps": eps, "offset": offset}, {"weight": weight})
 
 
 def lower_layer_norm(node: Node, ctx: Context) -> None:
-    x, shape, weight, bias, eps = (list(node.args) + [None, None, 1e-5][len(node.args) - 2 :])[:5]
+    x, shape, weight, bias, eps = operands(node, weight=None, bias=None, eps=1e-5)[:5]
     if len(shape) != 1:
         raise Refuse("layer_norm over more than the last dimension")
     _lower(node, ctx, x, {"op": "layer_norm", "eps": eps}, {"weight": weight, "bias": bias})
 
 
 def lower_softmax(node: Node, ctx: Context) -> None:
-    x, axis = node.args[:2]
+    x, axis = operands(node)[:2]
     if axis % len(x.meta["val"].shape) != len(x.meta["val"].shape) - 1:
         raise Refuse("softmax over another than the last dimension")
     op = "log_softmax" if "log" in str(node.target) else "softmax"
@@ -58,7 +58,8 @@ def _lower(node: Node, ctx: Context, x: Any, params: dict[str, Any], vectors: di
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
-    """Text of the kernel. args: x [rows, n], weight [n] and bias [n] where params name their dtypes, y [rows, n]. dims: rows, n."""
+    """Text of the kernel. args: x [rows, n], weight [n] and bias [n] where params name their dtypes, y [rows, n].
+    dims: rows, n."""
     t = Text(TEMPLATE.replace("-", "_"), f"{params['op']} of each row, rows shared by the threads. {params}")
     row = _Row(t, params, target.lanes)
     first, end = t.share(t.dim(0))
@@ -138,7 +139,6 @@ def _layer_norm(row: _Row) -> None:
 
 def _softmax(row: _Row) -> None:
     """A row whose maximum is minus infinity gives NaN, as in torch."""
-    t = row.t
     most = row.wide(row.fold("x", lambda total, x: total.most(x), "maxnumf", -math.inf))
     total = row.fold("x", lambda total, x: total + exp(x - most), "add", 0.0)
     if row.params["op"] == "log_softmax":

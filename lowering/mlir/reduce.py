@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from qcompile.dims import times
-from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, first_lanes, load, store
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.target import Target
@@ -20,13 +19,12 @@ TEMPLATE = "reduce"
 def lower_reduction(node: Node, ctx: Context) -> None:
     """aten.sum/mean/amax/amin/any/all with dim lists, and argmax/argmin over one dimension."""
     op = str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
-    if op in ("max", "min") and isinstance(node.meta["val"], torch.Tensor):
-        op = {"max": "amax", "min": "amin"}[op]
+    op = {"max": "amax", "min": "amin"}.get(op, op)
     if op not in ("sum", "mean", "amax", "amin", "argmax", "argmin", "any", "all"):
         raise Refuse(f"no kernel for the reduction {op}")
-    source = ctx.strided(node.args[0])
+    x, axes, *_ = operands(node, dim=None)
+    source = ctx.strided(x)
     rank = len(source.shape)
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if op.startswith("arg") and axes is None and rank > 1:
         raise Refuse(f"{op} over all dimensions")
     if isinstance(axes, int):
@@ -129,10 +127,10 @@ def _place(t: Text, params: dict[str, Any], lanes: int, x: Value, base: Value, n
 
     with t.loop(0, whole, lanes, carry=[best, where]) as loop:
         value = load(t, x, base + loop.index, dtype, lanes)
-        loop.carry(better(*loop.values, value, t.broadcast(loop.index, lanes) + numbers))
+        loop.carry(better(loop.values[0], loop.values[1], value, t.broadcast(loop.index, lanes) + numbers))
     mask = first_lanes(t, n - whole, lanes)
     value = load(t, x, base + whole, dtype, lanes, mask)
-    best, where = better(*loop.results, value, t.broadcast(whole, lanes) + numbers, mask)
+    best, where = better(loop.results[0], loop.results[1], value, t.broadcast(whole, lanes) + numbers, mask)
     while best.count > 1:
         half = best.count // 2
         low, high = ((t.slice(best, i, half), t.slice(where, i, half)) for i in (0, half))
