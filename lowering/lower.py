@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,8 @@ def _aten(node: Node, ctx: Context) -> None:
             return {"dtype": NAMES[item]}
         if isinstance(item, (list, tuple)):
             return [literal(part) for part in item]
+        if isinstance(item, float) and not math.isfinite(item):
+            return {"float": str(item)}
         if item is None or isinstance(item, (bool, int, float, str)):
             return item
         if isinstance(item, (torch.device, torch.layout, torch.memory_format)):
