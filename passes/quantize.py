@@ -12,7 +12,7 @@ from torch.fx import Node
 from qcompile.dtypes import NAMES
 from qcompile.errors import CheckpointError
 from qcompile.evaluate import dequantize
-from qcompile.format import Packed, format_class
+from qcompile.format import Packed, format_from_json, format_class
 from qcompile.formats.dense import Dense
 from qcompile.methods.base import Quantized, Skip
 from qcompile.passes.base import Context, Pass
@@ -140,12 +140,30 @@ class Quantize(Pass):
             self._replace(site, record, stored)
             count += 1
             if path not in program.weights:
-                program.weights[path] = record
-                how, reason = ("none", selected.reason) if isinstance(selected, Skip) else (ctx.report.method, selected.note)
-                ctx.report.weight(
-                    WeightRow(path, how, record.format["kind"], site.module.n, site.module.k, reason=reason)
-                )
+                self._record(program, ctx, site.module, selected, record)
         return count
+
+    def _record(
+        self, program: Program, ctx: Context, module: Module, selected: Quantized | Skip, record: WeightRecord
+    ) -> None:
+        shared = next((path for path, other in program.weights.items() if other.tensors == record.tensors), "")
+        skipped = isinstance(selected, Skip)
+        reasons = (selected.reason if isinstance(selected, Skip) else selected.note, shared and f"stored once, with {shared}")
+        bits = format_from_json(record.format).bits_per_weight(record.n, record.k)
+        program.weights[module.path] = record
+        ctx.report.weight(
+            WeightRow(
+                module.path,
+                "none" if skipped else ctx.report.method,
+                record.format["kind"],
+                module.n,
+                module.k,
+                record.format["kind"],
+                bits,
+                0 if shared else round(bits * record.n * record.k / 8),
+                reason="; ".join(filter(None, reasons)),
+            )
+        )
 
     def _replace(self, site: _Site, record: WeightRecord, stored: list[Node]) -> None:
         node, text = site.node, json.dumps(record.format)

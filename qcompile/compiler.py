@@ -69,9 +69,7 @@ def compile(
     program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     report = program.report
     report.target, report.accuracy = place.name, accuracy
-    chosen = parse_config(
-        config, {"quantization_config": program.quantization_config} if program.quantization_config else None
-    )
+    chosen = parse_config(config, program.quantization_config, program.source)
     method, parsed = chosen or (None, None)
     backend: Backend = CpuBackend(accuracy) if place.backend == "cpu" else ReferenceBackend()
     ctx = Context(
@@ -94,6 +92,7 @@ def compile(
         model_config=program.model_config,
         quantization_config=parsed.to_dict() if parsed is not None else None,
         generation=_generation(program.model_config),
+        defaults=_defaults(program),
     )
     return CompiledModel(
         Contents(artifact, tensors, kernels, {}, report.to_json(), ctx.snapshots), on=place, threads=threads
@@ -156,6 +155,13 @@ def _graph(program: Program, executable: Executable | None) -> Any:
             raise
         program.report.note(f"no reference graph: {error.summary} ({error.where})")
         return None
+
+
+def _defaults(program: Program) -> dict[str, Any]:
+    """What an input is filled with when a caller leaves it out, as transformers' encoders do."""
+    usual = {"attention_mask": 1, "token_type_ids": 0}
+    known = {item.name for item in program.inputs}
+    return {name: value for name, value in usual.items() if name in known and program.model_config}
 
 
 def _generation(config: Mapping[str, Any]) -> dict[str, Any]:

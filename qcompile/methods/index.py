@@ -44,7 +44,8 @@ def parse_config(
 
     `config` is one of our configs, a transformers config object (anything with `to_dict()`), a dict, JSON text, or
     None: then `stored`, the `quantization_config` that came with the checkpoint, holds. A config beside a stored one
-    must say the same, and `source` must hold the quantized weights that `stored` promises (CheckpointError).
+    must say the same, and `source` must hold the quantized weights that `stored` promises (CheckpointError). Only the
+    blocks of a GGUF file may be quantized again by another method.
     """
     own = _parse(stored, lenient=True) if stored is not None else None
     if own is not None and source is not None and not own[0].prequantized(own[1], source):
@@ -59,6 +60,8 @@ def parse_config(
         return own
     asked = _parse(config, lenient=False)
     if own is None:
+        return asked
+    if asked[0].name != own[0].name and own[0].name == "gguf":
         return asked
     if asked[0].name != own[0].name:
         raise ConfigError(
