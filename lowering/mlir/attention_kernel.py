@@ -115,6 +115,9 @@ class _Writer:
         blocks = (s + (what.queries - 1)) // what.queries
         parts = (keys + (what.split - 1)) // what.split if what.split else t.constant(1, "i64")
         total = self.dim["b"] * what.kv_heads * blocks * parts
+        # A block that is not full leaves the rest of [kt] as it was: whatever the stack held could be slow denormals.
+        with t.loop(0, what.d * what.keys, self.lanes) as i:
+            t.store(t.constant(0.0, self.type), self.kt.at(i, "f32"))
         with t.loop(self.t.thread, total, t.threads) as item:
             assert isinstance(item, Value)
             part, rest = item % parts, item // parts
@@ -173,10 +176,10 @@ class _Writer:
                      (self.q, row * what.d, "f32"), turns, what.scale)  # fmt: skip
 
     def _transpose_keys(self, batch: Value, head: Value, key: Value, keys: Value) -> None:
-        """[kt][i, j] = k[key + j, i]; the last key stands in for those behind it."""
+        """[kt][i, j] = k[key + j, i] for the vectors of keys that are there; the last key fills up the last vector."""
         t, what, lanes = self.t, self.what, self.lanes
         whole = what.d // lanes * lanes
-        with t.loop(0, what.keys, lanes) as j:
+        with t.loop(0, (keys - key).least(what.keys), lanes) as j:
             rows = [
                 self._offset("k", batch, head, (key + j + lane).least(keys - 1)) for lane in range(lanes)
             ]  # fmt: skip
