@@ -12,6 +12,7 @@ import qcompile
 
 # AWQ's gemv_fast stores scale * zero rounded to float16, and its reference was made from the unrounded twin.
 WEIGHT_BOUND = {"awq-gemv_fast": 3e-4}
+LOGIT_BOUND = {"awq-gemv_fast": 2e-3}
 
 
 @pytest.mark.parametrize("target", ["reference", "cpu"])
@@ -25,4 +26,4 @@ def test_weights_and_logits_of_a_real_checkpoint(folder: Path, target: str) -> N
         assert torch.equal(found, weight) if bound is None else (found - weight).abs().max() < bound, path
     logits = compiled(input_ids=expected.input_ids).logits
     error = (logits - expected.logits).abs().max() / expected.logits.abs().max()
-    assert error < 1e-3
+    assert error < LOGIT_BOUND.get(folder.name, 1e-3)
