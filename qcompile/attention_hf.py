@@ -32,7 +32,8 @@ def read_mask(mask_function: Callable[..., torch.Tensor]) -> CausalMask:
         seen = [mask_function(zero, zero, torch.tensor(q), keys).expand(PROBE) for q in (PROBE - 2, PROBE - 1)]
         counts = [int(s.sum()) for s in seen]
         last = [PROBE - 1, PROBE]
-        if all(bool(s[end - count : end].all()) for s, count, end in zip(seen, counts, last, strict=True)):
+        latest = [int(s[max(0, end - count) : end].sum()) for s, count, end in zip(seen, counts, last, strict=True)]
+        if latest == counts:
             if counts == last:
                 return CausalMask(0)
             if counts[0] == counts[1]:

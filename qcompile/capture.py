@@ -68,7 +68,7 @@ def capture(
         return capture_gguf(path)
     from qcompile.capture_hf import capture_folder
 
-    return capture_folder(path if path.is_dir() else _from_hub(str(model)))
+    return capture_folder(path if str(model) and path.is_dir() else _from_hub(str(model)))
 
 
 def _from_hub(name: str) -> Path:
@@ -126,7 +126,7 @@ def _kind(module: nn.Module) -> Literal["Linear", "Conv1D", "Embedding"] | None:
 def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | None = None) -> dict[str, Module]:
     """The modules of `model` that hold a weight, by path; `head` is a language model's output embedding."""
     first = aliases(model)
-    found: dict[str, tuple[nn.Module, str]] = {}
+    found: dict[str, tuple[Any, str]] = {}
     for path, module in model.named_modules():
         if _kind(module) is not None:
             found[path] = (module, first[f"{path}.weight" if path else "weight"])

@@ -121,7 +121,7 @@ class Arranged:
     def read(self, name: str) -> torch.Tensor:
         tensor = self.file.read(self._old(name))
         if name in self.heads:
-            tensor = tensor.unflatten(0, (self.heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+            tensor = tensor.reshape(self.heads[name], -1, 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
         return tensor.t() if name in self.transposed and not self.info(name).encoding else tensor
 
     def describe(self) -> str:

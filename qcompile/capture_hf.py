@@ -218,7 +218,8 @@ def capture_model(model: Any, example_inputs: Any = None, dynamic_shapes: Any = 
             found=str(getattr(model.config, "quantization_config", "an unknown config"))[:200],
             remedy="pass the folder of the quantized checkpoint, or the float model and a config",
         )
-    shell, source, config = hollow_or_error(model), ModuleState(model), model.config.to_dict()
+    shell: Any = hollow_or_error(model)
+    source, config = ModuleState(model), model.config.to_dict()
     if example_inputs is None:
         return program_of(shell, source, config, None)
     facts = _Facts(shell)
@@ -294,7 +295,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
