@@ -106,11 +106,9 @@ class ChooseLayout(Pass):
 
     def _order(self, program: Program, name: str, order: torch.Tensor) -> Node:
         """The stored order; one tensor for all weights that have the same."""
-        for node in program.graph.graph.nodes:
-            if node.op == "get_attr" and node.meta["tensor"].endswith(".order"):
-                known = program.tensors[node.meta["tensor"]]
-                if torch.equal(known, order):
-                    return node
+        for held, known in program.tensors.items():
+            if ".order" in held and known.dtype == order.dtype and torch.equal(known, order):
+                return tensor_node(program, held)
         return tensor_node(program, unused_name(program, name), order)
 
     def _relink(self, node: Node, stored: tuple[Node, ...], after: Packed, order: Node | None) -> Node:
@@ -142,15 +140,13 @@ class ChooseLayout(Pass):
                     weight.readers[at] = made
 
     def _record(self, ctx: Context, weight: _Weight, layout: Layout, paths: list[str]) -> None:
+        bits = layout.packed.format.bits_per_weight(weight.n, weight.k)
         for path in paths:
-            if path not in ctx.report.weights:
-                continue
-            bits = layout.packed.format.bits_per_weight(weight.n, weight.k)
             first = path == paths[0]
             ctx.report.update_weight(
                 path,
                 layout=layout.packed.format.kind,
                 bits=bits,
                 bytes=round(bits * weight.n * weight.k / 8) if first else 0,
-                reason=layout.reason if first else f"stored once, with {paths[0]}",
+                reason=layout.reason if first else "",
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import arguments, erase_unused, infer, is_call, shape, substitute
+from qcompile.passes.graph import args_of, arguments, erase_unused, infer, is_call, shape, substitute
 from qcompile.passes.linears import Linear, linears
 from qcompile.program import Program
 
@@ -27,7 +28,7 @@ def activation(node: Node) -> str:
     """The name that `LinearSpec` has for an activation node."""
     if is_call(node, aten.gelu.default) and arguments(node)["approximate"] == "tanh":
         return "gelu_tanh"
-    return ACTIVATIONS[node.target]
+    return ACTIVATIONS[cast(OpOverload, node.target)]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ def _glu(linear: Linear) -> _Step | None:
     """act(first half) * second half."""
     y, n = linear.node, linear.spec.n
     last = y.meta["val"].dim() - 1
-    halves = {user.args[2:4]: user for user in y.users if is_call(user, aten.slice.Tensor) and user.args[1] in (last, -1)}
-    gate, up = halves.get((0, n // 2)), next((halves[ends] for ends in halves if ends[0] == n // 2 and ends[1] >= n), None)
+    slices = [user for user in y.users if is_call(user, aten.slice.Tensor) and user.args[1] in (last, -1)]
+    halves = {args_of(user)[2:4]: user for user in slices}
+    gate = halves.get((0, n // 2))
+    up = next((halves[ends] for ends in halves if ends[0] == n // 2 and ends[1] >= n), None)
     if len(y.users) != 2 or gate is None or up is None or len(gate.users) != 1 or len(up.users) != 1:
         return None
     act, product = next(iter(gate.users)), next(iter(up.users))

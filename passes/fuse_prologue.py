@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import arguments, call, infer, is_call, operator_name, shape, substitute
+from qcompile.passes.graph import args_of, arguments, call, infer, is_call, operator_name, shape, substitute
 from qcompile.passes.linears import Linear
 from qcompile.program import Program
 
@@ -52,10 +52,10 @@ def _keeps_columns(user: Node, norm: Node) -> bool:
     if not is_call(user, *SELECTIONS) or user.args[0] is not norm:
         return False
     if is_call(user, aten.index.Tensor):
-        indices = user.args[1]
+        indices = args_of(user)[1]
         picks = [at for at, index in enumerate(indices) if index is not None]
         return len(indices) <= last and len(picks) == 1
-    return user.args[1] % (last + 1) != last
+    return bool(args_of(user)[1] % (last + 1) != last)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class FusePrologue(Pass):
     def _reason(self, norm: _Norm, ctx: Context) -> str | None:
         """Why the norm must stay a node; None when all its readers can take it in."""
         for user in norm.node.users:
-            if not is_call(user, qc.linear.default) or norm.node in user.args[2]:
+            if not is_call(user, qc.linear.default) or norm.node in args_of(user)[2]:
                 return f"{operator_name(user)} ({user.name}) reads it too"
         for linear in map(Linear.of, norm.node.users):
             if linear.spec.prologue is not None or linear.x is not norm.node:

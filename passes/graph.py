@@ -28,6 +28,11 @@ def arguments(node: Node) -> dict[str, Any]:
     return {a.name: given[a.name] if a.name in given else a.default_value if a.has_default_value() else None for a in schema}
 
 
+def args_of(node: Node) -> tuple[Any, ...]:
+    """The node's positional arguments, which FX types as anything under the sun."""
+    return node.args
+
+
 def is_call(node: Any, *targets: OpOverload) -> bool:
     """True for a node that calls one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
@@ -76,8 +81,9 @@ def fake_like(program: Program, tensor: torch.Tensor) -> torch.Tensor:
 def _evaluate(program: Program, node: Node, mode: Any) -> Any:
     if node.op == "get_attr":
         return fake_like(program, program.tensors[node.meta["tensor"]])
-    function = getattr(program.graph, node.target) if node.op == "call_module" else node.target
-    args, kwargs = (map_arg(part, lambda source: source.meta["val"]) for part in (node.args, node.kwargs))
+    function: Any = getattr(program.graph, str(node.target)) if node.op == "call_module" else node.target
+    args: Any = map_arg(node.args, lambda source: source.meta["val"])
+    kwargs: Any = map_arg(node.kwargs, lambda source: source.meta["val"])
     with mode if mode is not None else nullcontext():
         return function(*args, **kwargs)
 
@@ -191,7 +197,7 @@ def forget(program: Program, nodes: Sequence[Node]) -> None:
         if not node.users:
             program.tensors.pop(node.meta["tensor"], None)
             program.graph.graph.erase_node(node)
-            delattr(program.graph, node.target)
+            delattr(program.graph, str(node.target))
 
 
 def unused_name(program: Program, name: str) -> str:

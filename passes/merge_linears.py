@@ -13,7 +13,7 @@ from qcompile.format import Packed
 from qcompile.ops import LinearSpec, Part
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.fuse_epilogue import ACTIVATIONS
-from qcompile.passes.graph import call, forget, infer, is_call, substitute, tensor_node, unused_name
+from qcompile.passes.graph import args_of, call, forget, infer, is_call, substitute, tensor_node, unused_name
 from qcompile.passes.linears import Linear, linears, owners, packed
 from qcompile.program import Program
 
@@ -38,7 +38,7 @@ def _gated(members: list[Linear]) -> list[list[Linear]]:
         activation = _activation_of(gate)
         product = _only_user(activation) if activation is not None else None
         if product is not None and is_call(product, aten.mul.Tensor):
-            up = next((by_node[arg] for arg in product.args if arg in by_node), None)
+            up = next((by_node[arg] for arg in args_of(product) if arg in by_node), None)
             if up is not None and len(up.node.users) == 1:
                 pairs.append([gate, up])
     return pairs

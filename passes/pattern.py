@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
@@ -123,7 +123,7 @@ class _Matcher:
             self.fail(state, f"expected {pattern}, found {found}")
 
     def node(self, pattern: Node, found: Any, state: _State) -> Iterator[_State]:
-        if not is_call(found, pattern.target):
+        if not is_call(found, cast(OpOverload, pattern.target)):
             what = f"{operator_name(found)} ({found.name})" if isinstance(found, Node) else repr(found)
             self.fail(state, f"expected {operator_name(pattern)}, found {what}")
             return
@@ -143,7 +143,7 @@ class _Matcher:
 def match(pattern: Pattern, node: Node) -> Match | str | None:
     """The match of `pattern` that ends in `node`, the reason why there is none though the key agrees, or None."""
     graph, root = _traced(pattern.find)
-    if not is_call(node, root.target):
+    if not is_call(node, cast(OpOverload, root.target)):
         return None
     matcher = _Matcher(pattern.key)
     reason: str | None = ""
@@ -174,7 +174,7 @@ def apply(pattern: Pattern, made: Match) -> Node:
     tracer = GraphAppendingTracer(graph)
     before = root.prev
     with graph.inserting_before(root):
-        values = map_arg(tuple(made.values.values()), lambda node: Proxy(node, tracer))
+        values = map_arg(tuple(made.values.values()), lambda node: cast(Any, Proxy(node, tracer)))
         result = map_aggregate(pattern.replace(*values), lambda x: x.node if isinstance(x, Proxy) else x)
     if not isinstance(result, Node):
         raise InternalError("a replacement is not a node", where=pattern.name, found=repr(result))

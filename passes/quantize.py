@@ -12,11 +12,11 @@ from torch.fx import Node
 from qcompile.dtypes import NAMES
 from qcompile.errors import CheckpointError
 from qcompile.evaluate import dequantize
-from qcompile.format import Packed, format_from_json, format_class
+from qcompile.format import Packed, format_class, format_from_json
 from qcompile.formats.dense import Dense
 from qcompile.methods.base import Quantized, Skip
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import arguments, call, is_call, substitute, tensor_node, unused_name
+from qcompile.passes.graph import args_of, arguments, call, is_call, substitute, tensor_node, unused_name
 from qcompile.program import Module, Program, WeightRecord
 from qcompile.report import WeightRow
 
@@ -33,7 +33,7 @@ class _Site:
 
 def _weight_of(node: Node) -> tuple[Node, bool] | None:
     """The stored tensor that a linear or embedding node reads, and whether it is transposed ([K, N])."""
-    weight = node.args[1] if is_call(node, aten.linear.default) else node.args[0]
+    weight = args_of(node)[1 if is_call(node, aten.linear.default) else 0]
     transposed = is_call(weight, aten.t.default)
     weight = weight.args[0] if transposed else weight
     known = isinstance(weight, Node) and weight.op == "get_attr" and weight.meta["val"].dim() == 2

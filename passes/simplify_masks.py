@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import arguments, call, infer, is_call, shape, substitute
+from qcompile.passes.graph import args_of, arguments, call, infer, is_call, shape, substitute
 from qcompile.program import Program
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ def _lined_up(node: Node) -> list[int] | None:
 
     Each index must count 0, 1, ... through its whole dimension along an axis of its own, in the order of x's dimensions.
     """
-    x, indices = node.args
+    x, indices = args_of(node)
     sizes, rank = shape(x), node.meta["val"].dim()
     axes: list[int] = []
     if len(indices) != len(sizes) or rank < len(sizes):
@@ -96,7 +96,7 @@ class SimplifyMasks(Pass):
         axes = _lined_up(node)
         if axes is None or not ctx.take():
             return 0
-        made = node.args[0]
+        made = args_of(node)[0]
         for axis in axes:
             made = call(node, aten.unsqueeze.default, (made, axis), self.name)
         substitute(node, made)
@@ -105,7 +105,7 @@ class SimplifyMasks(Pass):
     def _and(self, program: Program, node: Node, ctx: Context) -> int:
         for other, mask in ((0, 1), (1, 0)):
             if _is_true(program, node.args[other]) and ctx.take():
-                substitute(node, self._expanded(program, node, node.args[mask]))
+                substitute(node, self._expanded(program, node, args_of(node)[mask]))
                 return 1
         return 0
 
@@ -126,5 +126,5 @@ class SimplifyMasks(Pass):
         for source in program.graph.graph.nodes:
             if source.op == "placeholder" and size in shape(source):
                 return call(node, aten.sym_size.int, (source, shape(source).index(size)), self.name)
-        source = next(arg for arg in node.args if size in shape(arg))
+        source = next(arg for arg in args_of(node) if size in shape(arg))
         return call(node, aten.sym_size.int, (source, shape(source).index(size)), self.name)

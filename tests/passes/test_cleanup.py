@@ -102,7 +102,7 @@ def test_regions_are_convex() -> None:
 
 
 def test_other_shapes_are_other_regions_unless_cheap() -> None:
-    made, ctx = regions(lambda x, y: x * y.exp(), X, torch.randn(3, 1))
+    _, ctx = regions(lambda x, y: x * y.exp(), X, torch.randn(3, 1))
     assert ctx.report.passes[-1] == ("form-regions", 2)
     _, ctx = regions(lambda x, y: x * y.to(torch.float32), X, torch.ones(3, 1, dtype=torch.int64))
     assert ctx.report.passes[-1] == ("form-regions", 1)

@@ -64,7 +64,10 @@ def test_without_a_config_every_weight_is_dense_and_says_why() -> None:
     assert ops(made) == [
         "qcompile.embedding", "qcompile.dequantize", "aten.linear", "aten.tanh", "qcompile.dequantize", "aten.linear",
     ]  # fmt: skip
-    assert {row.reason for row in ctx.report.weights.values()} == {"no quantization was asked for"}
+    assert [row.reason for row in ctx.report.weights.values()] == [
+        "no quantization was asked for", "no quantization was asked for",
+        "no quantization was asked for; stored once, with embed",
+    ]  # fmt: skip
     assert ctx.report.passes[-1] == ("quantize", 3)
 
 
@@ -122,7 +125,7 @@ def test_layouts_keep_every_value(backend: CpuBackend) -> None:
     if backend.wanted == "exact":
         torch.testing.assert_close(run(made, IDS), before)
     else:
-        torch.testing.assert_close(run(made, IDS), before, rtol=0.05, atol=0.05)
+        assert 0 < (run(made, IDS) - before).pow(2).mean() < 1e-4 * before.pow(2).mean()
     assert ctx.report.weights["layer"].bytes == 64 * 64 // 2 + 64 * 4
     assert ctx.report.weights["head"].bytes == 0 and "stored once, with embed" in ctx.report.weights["head"].reason
 

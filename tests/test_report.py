@@ -1,0 +1,57 @@
+"""The report: rows, reasons, JSON and text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qcompile.errors import InternalError
+from qcompile.report import Fallback, NodeRow, Refusal, Report, WeightRow
+
+
+def filled() -> Report:
+    report = Report("cpu", "int8", "awq")
+    for i in range(3):
+        report.weight(WeightRow(f"layers.{i}.q", "awq", "awq", 64, 64, "lanes", 4.5, 2304, "linear-gemv", "native"))
+    report.weight(WeightRow("head", "none", "dense", 96, 64, "lanes-dense", 16.0, 12288, reason="lm_head is skipped"))
+    report.refuse(Refusal("fuse-norm", "mul_3", "layers.0", "the mean is over dimensions [1], not over the last"))
+    report.fallbacks.append(Fallback("conv2d", "aten.conv2d.default", "patches", "no rule"))
+    report.nodes.append(NodeRow("linear", "qcompile.linear.default", "layers.0.q", ("linear-gemv-1",)))
+    report.passes.append(("normalise", 3))
+    report.note("awq config, version: gemm")
+    return report
+
+
+def test_json_and_back() -> None:
+    report = filled()
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_a_module_is_reported_once() -> None:
+    report = filled()
+    with pytest.raises(InternalError, match="a module's weight is reported twice"):
+        report.weight(report.weights["head"])
+
+
+def test_reasons_add_up_and_are_found_by_module() -> None:
+    report = filled()
+    report.update_weight("head", reason="stored once, with embed")
+    report.update_weight("head", reason="")
+    assert report.why_not("head") == ["lm_head is skipped; stored once, with embed"]
+    assert report.why_not("layers.0") == ["fuse-norm: the mean is over dimensions [1], not over the last"]
+    assert report.why_not("patches") == ["aten.conv2d.default: no rule"] and report.why_not("layers.1.q") == []
+
+
+def test_repeated_refusals_and_notes_are_kept_once() -> None:
+    report = filled()
+    report.refuse(report.refusals[0])
+    report.note(report.notes[0])
+    assert len(report.refusals) == len(report.notes) == 1
+
+
+def test_text_counts_equal_layers_once() -> None:
+    text = str(filled())
+    assert "layers.*.q" in text and "layers.0.q" not in text
+    assert "4 weights, 0.0 MB" in text and "through ATen, 1 x aten.conv2d.default: no rule" in text
+    assert "note: awq config, version: gemm" in text
