@@ -20,8 +20,9 @@ class AccountForWeights(Pass):
     name: ClassVar[str] = "account-for-weights"
 
     def run(self, program: Program, ctx: Context) -> int:
-        for path in program.modules.keys() - program.weights.keys():
-            ctx.report.note(f"{path}: the graph does not use its weight")
+        for path in program.modules:
+            if path not in program.weights:
+                ctx.report.note(f"{path}: the graph does not use its weight")
         for path, record in program.weights.items():
             lost = [name for name in record.tensors.values() if name not in program.tensors]
             if lost:
