@@ -147,11 +147,12 @@ def round_activations(x: Tensor, group: int) -> Tensor:
     A group of nothing but numbers below `SMALLEST_ACTIVATION` becomes 0.
     """
     k = x.shape[-1]
-    padded = functional.pad(x, (0, -k % group)).unflatten(-1, (-1, group))
+    padded = functional.pad(x, (0, -k % group)).reshape(*x.shape[:-1], -1, group)
     most = padded.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ACTIVATION)
     # A number divided by a tensor would be the number times the reciprocal, with two roundings.
     codes = torch.round(padded * (torch.full_like(most, 127.0) / most))
-    return (codes * (most / 127.0)).flatten(-2)[..., :k]
+    rounded: Tensor = (codes * (most / 127.0)).flatten(-2)[..., :k]
+    return rounded
 
 
 @torch.library.custom_op(
