@@ -101,6 +101,7 @@ class Awq:
 
     name = "awq"
     Config = AwqConfig
+    formats = ("awq", "awq-gemv", "awq-gemv-fast")
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".qweight") or name == "qweight" for name in source.names())

@@ -127,10 +127,14 @@ class Quantized:
 
 
 class Method(Protocol):
-    """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order."""
+    """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order.
+
+    `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count.
+    """
 
     name: str
     Config: type[MethodConfig]
+    formats: tuple[str, ...]
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         """True when the source already holds weights that this method quantized."""

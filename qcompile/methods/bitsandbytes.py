@@ -140,6 +140,7 @@ class Bnb:
 
     name = "bitsandbytes"
     Config = BnbConfig
+    formats = ("bnb4", "bnb-int8")
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".SCB") or name == "SCB" or STATE in name for name in source.names())

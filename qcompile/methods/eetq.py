@@ -37,6 +37,7 @@ class Eetq:
 
     name = "eetq"
     Config = EetqConfig
+    formats = ("eetq",)
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".weight_scales") or name == "weight_scales" for name in source.names())

@@ -42,6 +42,7 @@ class Gguf:
 
     name = "gguf"
     Config = GgufConfig
+    formats = tuple(kind for kind in FORMATS if kind.startswith(_PREFIX))
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(source.info(name).encoding for name in source.names())

@@ -193,6 +193,7 @@ class Gptq:
 
     name = "gptq"
     Config = GptqConfig
+    formats = ("gptq",)
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".qweight") or name == "qweight" for name in source.names())

@@ -216,6 +216,7 @@ class Hqq:
 
     name = "hqq"
     Config = HqqConfig
+    formats = ("hqq",)
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".W_q") or name == "W_q" for name in source.names())

@@ -1,0 +1,115 @@
+"""Which weight formats there are, what they cost, and which kernels read them, measured from the registries.
+
+`python -m qcompile.support` prints the table; with `--write README.md` it replaces the one between the file's markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.backend import CpuBackend
+from qcompile.dtypes import DTYPES
+from qcompile.format import FORMATS, Format, Packed, format_class
+from qcompile.formats.lanes import Lanes, LanesDense
+from qcompile.methods.index import METHODS, method
+from qcompile.ops import activation_group
+
+START, END = "<!-- formats: python -m qcompile.support --write README.md -->", "<!-- end of formats -->"
+N, K = 4096, 4096  # the shape whose bits are counted
+ROWS = 64  # what a kernel reads depends on K, not on how many rows there are
+
+# Parameters worth a line of their own; formats that are not named here have one, with their default parameters.
+EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
+    "gptq": tuple({"bits": bits} for bits in (2, 3, 4, 8)),
+    "hqq": (*({"bits": bits} for bits in (1, 2, 3, 4, 8)), {"bits": 4, "axis": 0}),
+    "bnb4": ({"table": "nf4"}, {"table": "fp4"}, {"table": "nf4", "nested": 256}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format with some parameters, which the reference backend always reads. `bits` are stored bits a weight at 4096 x 4096, scales included.
+
+    `exact` and `int8` name the tier of the CPU kernel at that accuracy: "native" (integer dot products), "lanes" (codes
+    in a lane layout, float arithmetic) or "generic" (the format's formula as it is); `reason` says why it is no better.
+    """
+
+    format: str
+    parameters: str
+    methods: tuple[str, ...]
+    bits: float
+    exact: str
+    int8: str
+    reason: str
+
+
+def rows() -> list[Row]:
+    """Every format that a weight may be stored in, in the order of the registry; layouts of kernels are none of them."""
+    users = {name: method(name).formats for name in METHODS}
+    found = []
+    for kind in FORMATS:
+        if not issubclass(format_class(kind), Lanes | LanesDense):
+            methods = tuple(name for name, kinds in users.items() if kind in kinds)
+            found += [_row(format_class(kind)(**chosen), chosen, methods) for chosen in EXAMPLES.get(kind, ({},))]
+    return found
+
+
+def _row(format: Format, chosen: dict[str, Any], methods: tuple[str, ...]) -> Row:
+    storage = {s.name: torch.zeros(s.shape, dtype=DTYPES[s.dtype]) for s in format.stored(ROWS, K)}
+    layout = CpuBackend().layout(Packed(format, storage, ROWS, K))
+    read = layout.packed.format
+    exact = "lanes" if isinstance(read, Lanes | LanesDense) else "generic"
+    problem = layout.reason or _int8_problem(read)
+    parameters = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    int8 = exact if problem else "native"
+    return Row(format.kind, parameters, methods, format.bits_per_weight(N, K), exact, int8, problem)
+
+
+def _int8_problem(read: Format) -> str:
+    """Why the integer kernels do not take a layout; empty when they do."""
+    from qcompile.lowering.mlir.linear_int8 import Scheme
+
+    if not isinstance(read, Lanes):
+        return "the weight is not quantized"
+    return Scheme(read, K, activation_group(read.group, K)).problem()
+
+
+def markdown(table: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| format | method | bits a weight | reference | cpu exact | cpu int8 |",
+        "| --- | --- | ---: | --- | --- | --- |",
+    ]
+    for row in table:
+        name = f"{row.format} ({row.parameters})" if row.parameters else row.format
+        cells = (name, ", ".join(row.methods) or "any", f"{row.bits:.2f}", "yes", row.exact, row.int8)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """`text` with the table of today between its markers."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"the file has no line {START!r} followed by {END!r}")
+    return f"{before}{START}\n{markdown(rows())}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table between this file's markers")
+    options = parser.parse_args()
+    if options.write is None:
+        print(markdown(rows()))
+    else:
+        options.write.write_text(with_table(options.write.read_text()))
+
+
+if __name__ == "__main__":
+    main()
