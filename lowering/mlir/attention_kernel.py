@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.dtypes import itemsize
 from qcompile.lowering.mlir.memory import first_lanes, load, store
 from qcompile.lowering.mlir.rope import turn_row
 from qcompile.lowering.mlir.text import Text, Value
@@ -147,7 +148,9 @@ class _Writer:
         if what.split:
             low, high = low.most(part * what.split), high.least((part + 1) * what.split)
         with t.loop(low // what.keys * what.keys, high, what.keys) as key:
+            self._fetch("v", what.dv, batch, head, key)
             self._transpose_keys(batch, head, key, keys)
+            self._fetch("k", what.d, batch, head, key + (t.threads * what.split if what.split else what.keys))
             with t.loop(0, there, self.tile) as row:
                 self._scores(row)
                 self._shares(batch, head, query, row, key, past, first, keys)
@@ -174,6 +177,16 @@ class _Writer:
                 turns = (self.arg["cos"], self.arg["sin"], at, what.turn)
             turn_row(t, self.lanes, what.d, what.rope, (self.arg["q"], source, what.q),
                      (self.q, row * what.d, "f32"), turns, what.scale)  # fmt: skip
+
+    def _fetch(self, tensor: str, width: int, batch: Value, head: Value, row: Value) -> None:
+        """Asks for the rows of a block before they are needed; rows that are not there do no harm."""
+        t, dtype = self.t, getattr(self.what, tensor)
+        line = 64 // itemsize(dtype)
+        base = self._offset(tensor, batch, head, row)
+        with t.loop(0, self.what.keys) as i:
+            for column in range(0, width, line):
+                place = self.arg[tensor].at((base + i * self.dim[f"{tensor}_s"] + column) * itemsize(dtype))
+                t.line(f'"llvm.intr.prefetch"({place}) <{{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}}> : (!llvm.ptr) -> ()')
 
     def _transpose_keys(self, batch: Value, head: Value, key: Value, keys: Value) -> None:
         """[kt][i, j] = k[key + j, i] for the vectors of keys that are there; the last key fills up the last vector."""

@@ -188,10 +188,15 @@ def _apply(
     kinds = [dtypes[ref] for ref in refs if isinstance(ref, int)]
     kind = dtype if name in ("where", "full") else kinds[0]
     type = vector(place.count, ELEMENTS[kind][1])
-    args = [values[ref] if isinstance(ref, int) else t.constant(float(ref["number"]), type) for ref in refs]
+    args = [values[ref] if isinstance(ref, int) else t.constant(_number(ref["number"]), type) for ref in refs]
     if name == "full":
         return convert(t, args[0], "f32", dtype) if dtype in FLOATS else args[0]
     return OPS[name](t, kind, *args)
+
+
+def _number(value: float | str) -> float:
+    """A number of the params, where infinities and NaN are text; integers stay exact."""
+    return float(value) if isinstance(value, str) else value
 
 
 def _unravel(row: Value, sizes: list[Value]) -> list[Value]:

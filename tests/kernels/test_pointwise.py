@@ -36,7 +36,7 @@ UNARY = {
     "square": torch.square, "clamp": lambda x: x.clamp(-1.0, 2.0), "clamp_min": lambda x: x.clamp_min(0.5),
     "cube": lambda x: x**3, "half power": lambda x: x**0.5, "power": lambda x: x**2.5, "whole power": lambda x: x**5.0,
     "rsub": lambda x: 1.0 - x, "scaled": lambda x: torch.add(x, x, alpha=0.25), "isnan": torch.isnan,
-    "isinf": torch.isinf, "compare": lambda x: x > 0.5, "compare number first": lambda x: 0.5 <= x,
+    "isinf": torch.isinf, "compare": lambda x: x > 0.5, "at least": lambda x: x >= 0.5,
     "not": lambda x: torch.logical_not(x), "masked_fill": lambda x: x.masked_fill(x < 0, -math.inf),
     "half": lambda x: x.to(torch.float16), "bool to int": lambda x: (x > 0).to(torch.int32),
     "like": lambda x: torch.zeros_like(x) + torch.full_like(x, 2.5),
@@ -93,6 +93,8 @@ def test_integers(dtype: torch.dtype) -> None:
     assert made.kernels
     agrees(lambda x, y: (x % 5) + (x > y).to(x.dtype), x, y, rtol=0, atol=0)
     agrees(lambda x, y: x / 4 + y * 0.5, x, y)
+    if dtype == torch.int64:
+        agrees(lambda x: torch.where(x > 3, x, 2**62 + 1), x, rtol=0, atol=0)
 
 
 def test_integer_division_by_what_may_be_zero_is_refused() -> None:
