@@ -6,6 +6,7 @@ their number rounded up to a third of a tile, the last row repeated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from qcompile.dims import Dim, plus, times
@@ -37,23 +38,37 @@ def emit(params: dict[str, Any], target: Target) -> str:
     x, packed = t.arg(0), t.arg(1)
     norm = [t.arg(2 + i) for i in range(norm_count(prologue))]
     m, k = t.dim(0), t.dim(1)
-    full = m // tile * tile
-    rest = rest_width(m - full, tile)
-    first, end = t.share(full + rest)
-    with t.loop(first, end) as row:
-        source = open_row(t, prologue, x.at(row.least(m - 1) * k, "f32"), norm, k)
-        inside = row < full
-        base = t.select(inside, row // tile * tile, full)
-        width = t.select(inside, t.constant(tile, "i64"), rest)
-        _scatter(t, source, packed.at(base * k + (row - base), "f32"), k, width)
+    tiles = m // tile
+    rest = rest_width(m - tiles * tile, tile)
+    # What the norm knows about each row of a tile: its rate, and for layer_norm its mean.
+    waiting = [t.stack(tile, "f32") for _ in norm]
+    first, end = t.share(tiles + rest.least(1))
+    with t.loop(first, end) as number:
+        top = number * tile
+        width = t.select(number < tiles, t.constant(tile, "i64"), rest)
+        if prologue is not None:
+            with t.loop(0, width) as lane:
+                row = open_row(t, prologue, _source(x, top + lane, m, k), norm, k)
+                for known, place in zip((row.rate, row.mean), waiting, strict=False):
+                    assert known is not None
+                    t.store(known, place.at(lane, "f32"))
+        for at, lanes in _steps(t, k):
+            with t.loop(0, width) as lane:
+                rate, mean = [*(t.load(place.at(lane, "f32"), "f32") for place in waiting), None, None][:2]
+                values = Row(t, prologue, _source(x, top + lane, m, k), norm, mean, rate).read(at, lanes)
+                for i in range(lanes):
+                    one = values if lanes == 1 else t.slice(values, i, 1)
+                    t.store(one, packed.at(top * k + (at + i) * width + lane, "f32"))
     return t.finish()
 
 
-def _scatter(t: Text, row: Row, to: Value, k: Value, width: Value) -> None:
+def _source(x: Value, row: Value, m: Value, k: Value) -> Value:
+    return x.at(row.least(m - 1) * k, "f32")
+
+
+def _steps(t: Text, k: Value) -> Iterator[tuple[Value, int]]:
+    """For a body that is written twice: sixteen inputs at a time, then one by one."""
     whole = k - k % LANES
-    with t.loop(0, whole, LANES) as at:
-        values = row.read(at, LANES)
-        for lane in range(LANES):
-            t.store(t.slice(values, lane, 1), to.at((at + lane) * width, "f32"))
-    with t.loop(whole, k) as at:
-        t.store(row.read(at, 1), to.at(at * width, "f32"))
+    for start, end, lanes in ((t.constant(0, "i64"), whole, LANES), (whole, k, 1)):
+        with t.loop(start, end, lanes) as at:
+            yield at, lanes
