@@ -19,21 +19,30 @@ from qcompile.simplify import Fact, interval
 NARROW = ("f16", "bf16")
 
 
+def check(expr: Expr) -> None:
+    """Refuse, with the reason, for an expression that has no text: 8-bit floats, tensors of 2^31 elements."""
+    for node in walk(expr):
+        stored = node.attr if node.op == "load" else None
+        dtypes = {node.dtype, stored[1] if stored else node.attr if node.op == "bitcast" else ""}
+        if any(dtype.startswith("f8") for dtype in dtypes):
+            raise Refuse(f"8-bit floats have no CPU text: {node}")
+        if stored and math.prod(stored[2]) >= 1 << 31:
+            raise Refuse(f"stored tensor '{stored[0]}' has {math.prod(stored[2])} elements, more than an i32 counts")
+
+
 class Renderer:
     """Writes expressions over the stored tensors `tensors` (pointers by name); create it outside of every loop.
 
-    `facts` bound the variables, as for `simplify`. Refuse names what has no text: 8-bit floats, 2^31 elements.
+    `facts` bound the variables, as for `simplify`. The expressions must pass `check`.
     """
 
     def __init__(self, t: Text, expressions: Iterable[Expr], tensors: Mapping[str, Value], facts: Mapping[str, Fact]):
         self.t, self.tensors, self.facts = t, tensors, facts
         self.tables: dict[Expr, Value] = {}
-        for node in {node for expr in expressions for node in walk(expr)}:
-            problem = _problem(node)
-            if problem:
-                raise Refuse(problem)
-            if node.op == "table":
-                self.tables[node] = self._table(node)
+        for expr in expressions:
+            for node in walk(expr):
+                if node.op == "table" and node not in self.tables:
+                    self.tables[node] = self._table(node)
 
     def _table(self, node: Expr) -> Value:
         """The entries on the stack, where any machine can look them up by address."""
@@ -137,16 +146,6 @@ class Renderer:
                 move = 32 - int(to[1:])
                 return (value << move).signed_shift(move)
         raise InternalError("a bitcast has no text", found=to)
-
-
-def _problem(node: Expr) -> str:
-    """Why a node has no text; empty when it has one."""
-    dtypes = {node.dtype} | ({node.attr[1]} if node.op == "load" else {node.attr} if node.op == "bitcast" else set())
-    if any(dtype.startswith("f8") for dtype in dtypes):
-        return f"8-bit floats have no CPU text: {node}"
-    if node.op == "load" and math.prod(node.attr[2]) >= 1 << 31:
-        return f"stored tensor '{node.attr[0]}' has {math.prod(node.attr[2])} elements, more than an i32 counts"
-    return ""
 
 
 def _signed(word: int) -> int:

@@ -12,7 +12,7 @@ from qcompile.format import format_from_json
 from qcompile.lowering.base import Context, Refuse
 from qcompile.lowering.mlir.memory import first_lanes, store
 from qcompile.lowering.mlir.text import Text
-from qcompile.lowering.render import Renderer
+from qcompile.lowering.render import Renderer, check
 from qcompile.simplify import coordinates, simplify
 from qcompile.target import Target
 
@@ -54,6 +54,7 @@ def lower_embedding(node: Node, ctx: Context) -> None:
     ids, stored, text, n, k = cast("tuple[Node, list[Node], str, int, int]", node.args)
     if ctx.dtype(node) != "f32":
         raise Refuse(f"the embedding kernel writes f32, not {ctx.dtype(node)}")
+    check(format_from_json(json.loads(text)).weight(n, k))
     params = {"format": json.loads(text), "n": n, "k": k}
     rows = ctx.contiguous(ids, "i64")
     tables = [ctx.view(item) for item in stored]

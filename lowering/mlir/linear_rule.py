@@ -20,6 +20,7 @@ from qcompile.lowering.base import Context, Refuse
 from qcompile.lowering.mlir import linear_gemm, linear_gemv, linear_pack
 from qcompile.lowering.mlir.linear import LANES, Shape, norm_count
 from qcompile.lowering.mlir.linear_int8_rule import lower_int8
+from qcompile.lowering.render import check
 from qcompile.ops import LinearSpec
 
 GEMV_ROWS = (1, 4)  # what "linear-gemv" is written for
@@ -84,6 +85,9 @@ def _shape(spec: LinearSpec) -> Shape:
         None if isinstance(format, Lanes | LanesDense) else (part.n, spec.k)
         for format, part in zip(formats, spec.parts, strict=True)
     )
+    for format, size in zip(formats, sizes, strict=True):
+        if size is not None:
+            check(format.weight(*size))
     rows = [part.n for part in spec.parts]
     if any(step["op"] == "glu" for step in spec.epilogue):
         halves = len(rows) == 2 and rows[0] == rows[1]
