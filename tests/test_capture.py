@@ -268,3 +268,16 @@ def test_capture_is_deterministic(tmp_path):
     first, second = capture(tmp_path), capture(tmp_path)
     assert str(first.graph.graph) == str(second.graph.graph)
     assert list(first.tensors) == list(second.tensors) and first.modules == second.modules
+
+
+def test_a_large_architecture_takes_no_memory():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qcompile.capture_hf import instantiate
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, vocab_size=1000)
+    model = instantiate(LlamaForCausalLM, config)
+    assert sum(p.numel() for p in model.parameters()) > 800_000_000
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == 0
+    frequencies = model.get_buffer("model.rotary_emb.inv_freq")
+    torch.testing.assert_close(frequencies, 10000.0 ** (-torch.arange(0, 128, 2) / 128))
