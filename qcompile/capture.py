@@ -228,11 +228,16 @@ def _dims(names: Sequence[str], shapes: Any) -> list[tuple[str, int, Any]]:
     if shapes is None:
         return []
     specs = shapes if isinstance(shapes, Mapping) else dict(zip(names, shapes, strict=False))
-    found = []
-    for name, spec in specs.items():
-        axes = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
-        found += [(name, axis, dim) for axis, dim in axes if dim is not None and not isinstance(dim, int)]
-    return found
+    return [item for name, spec in specs.items() for item in _axes(name, spec)]
+
+
+def _axes(name: str, spec: Any) -> Iterator[tuple[str, int, Any]]:
+    """The (input, axis, Dim) of one argument; what is in a tuple or dict is an input called `name`_<place>."""
+    for key, value in spec.items() if isinstance(spec, Mapping) else enumerate(spec or ()):
+        if isinstance(value, Mapping | list | tuple):
+            yield from _axes(f"{name}_{key}", value)
+        elif value is not None and not isinstance(value, int):
+            yield name, key, value
 
 
 def make_program(
@@ -267,7 +272,9 @@ def make_program(
         return held if held is not None else model.get_buffer(target.removeprefix(prefix))
 
     flat = flatten(exported, name_of, value_of, prefix)
-    fakes = {node.name: node.meta["val"] for node in flat.graph.graph.nodes if node.op == "placeholder"}
+    # Nodes may be called otherwise: a graph's "input" is "input_1".
+    values = (node.meta["val"] for node in flat.graph.graph.nodes if node.op == "placeholder")
+    fakes = dict(zip(flat.inputs, values, strict=True))
     symbols = _size_names(_dims(flat.inputs, dynamic_shapes), fakes)
     program = Program(
         graph=flat.graph,
