@@ -15,7 +15,7 @@ from qcompile.format import Format
 from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.formats.stream import planes
 from qcompile.lowering.mlir.linear import F32, I32, LANES, Operands, Shape
-from qcompile.lowering.mlir.memory import ELEMENTS, gather, load
+from qcompile.lowering.mlir.memory import ELEMENTS, gather, load, narrow, widen
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.lowering.render import Renderer
 from qcompile.simplify import coordinates, simplify
@@ -45,6 +45,11 @@ class Reader(Protocol):
     def group(self) -> int | None: ...
 
     @property
+    def rest(self) -> bool:
+        """True where K may be no multiple of `unit`: the inputs behind the last whole unit are read by `single`."""
+        ...
+
+    @property
     def needs_sums(self) -> bool:
         """True where zero or offset are stored, so that sums of x over each group are wanted."""
         ...
@@ -60,12 +65,14 @@ class Reader(Protocol):
     def scaling(self, block: Value, group: Value) -> Scaling: ...
 
     def single(self, block: Value, k: Value) -> Value:
-        """The value at input k, wherever k is: for the last K % unit inputs where there is no group."""
+        """The value at input k, wherever k is; only where `rest`."""
         ...
 
 
 class LanesReader:
     """`Lanes`: words of sixteen outputs, see its docstring for the order of the bits."""
+
+    rest = False
 
     def __init__(self, t: Text, target: Target, format: Lanes, stored: list[Value], k: Value):
         self.t, self.target, self.format, self.k = t, target, format, k
@@ -157,19 +164,64 @@ class LanesReader:
             halves.append(t.select((index << 28) < 0, above, below))
         return t.join(*halves)
 
-    def scaling(self, block: Value, group: Value) -> Scaling:
+    def stored_scaling(self, block: Value, group: Value) -> Scaling:
+        """Scale, zero and offset as they are stored, without the format's factor."""
         t, format = self.t, self.format
         at = (block * (self.k // format.group) + group) * LANES
         scale = load(t, self.scales, at, format.scale, LANES)
         zero = load(t, self.zeros, at, str(format.zero), LANES) if self.zeros is not None else None
         offset = load(t, self.offsets, at, str(format.offset), LANES) if self.offsets is not None else None
-        if format.factor != 1.0:
-            scale = scale * format.factor
-            offset = None if offset is None else offset * format.factor
         return Scaling(scale, zero, offset)
+
+    def scaling(self, block: Value, group: Value) -> Scaling:
+        by, factor = self.stored_scaling(block, group), self.format.factor
+        if factor == 1.0:
+            return by
+        return Scaling(by.scale * factor, by.zero, None if by.offset is None else by.offset * factor)
 
     def single(self, block: Value, k: Value) -> Value:
         raise InternalError("a group has no rest", found=self.format.group)
+
+
+class RoundedReader:
+    """`Lanes` whose format rounds every weight to 16 bits: W = value, rounded as `formats.affine.Terms` says.
+
+    A scale taken out of the sum would leave the roundings out, up to 2^-9 of each weight.
+    """
+
+    group, needs_sums, rest = None, False, False
+
+    def __init__(self, lanes: LanesReader):
+        self.t, self.lanes, self.unit = lanes.t, lanes, lanes.unit
+        mode, _, self.dtype = lanes.format.rounding.partition("-")
+        self.each = mode == "each"
+
+    def words(self, block: Value, k: Value) -> list[list[Value]]:
+        by = self.lanes.stored_scaling(block, k // self.lanes.format.group)
+        return [*self.lanes.words(block, k), [by.scale], [by.zero] if by.zero else [], [by.offset] if by.offset else []]
+
+    def value(self, words: list[list[Value]], j: int) -> Value:
+        *codes, scale, zero, offset = words
+        format, value = self.lanes.format, self.lanes.value(codes, j)
+        if zero:
+            value = value - zero[0]
+        exact = format.table is None and isinstance(format.zero, int | float) and float(format.zero).is_integer()
+        if self.each and not exact:  # a difference of small integers is exact in 16 bits
+            value = self._rounded(value)
+        value = value * scale[0]
+        if offset:
+            value = (self._rounded(value) if self.each else value) + offset[0]
+        value = self._rounded(value)
+        return value if format.factor == 1.0 else value * format.factor
+
+    def _rounded(self, value: Value) -> Value:
+        return widen(self.t, narrow(self.t, value, self.dtype), self.dtype)
+
+    def single(self, block: Value, k: Value) -> Value:
+        raise InternalError("a group has no rest", found=self.lanes.format.group)
+
+    def scaling(self, block: Value, group: Value) -> Scaling:
+        raise InternalError("a rounded weight has no scale")
 
 
 def _in_registers(target: Target, format: Lanes) -> bool:
@@ -193,7 +245,7 @@ def _entries(format: Lanes) -> list[float]:
 class DenseReader:
     """`LanesDense`: floats, sixteen outputs side by side."""
 
-    unit, group, needs_sums = 8, None, False
+    unit, group, needs_sums, rest = 8, None, False, True
 
     def __init__(self, t: Text, format: LanesDense, stored: list[Value], k: Value):
         self.t, self.format, self.pointer, self.k = t, format, stored[0], k
@@ -220,7 +272,7 @@ class DenseReader:
 class AnyReader:
     """Any other format: its own decode expression, evaluated for sixteen outputs at a time, input by input."""
 
-    unit, group, needs_sums = 1, None, False
+    unit, group, needs_sums, rest = 1, None, False, False
 
     def __init__(self, t: Text, format: Format, stored: list[Value], size: tuple[int, int]):
         rows, columns = size
@@ -252,7 +304,8 @@ def readers(t: Text, target: Target, shape: Shape, operands: Operands) -> list[R
     made: list[Reader] = []
     for format, stored, size in zip(shape.parse(), operands.stored, shape.sizes, strict=True):
         if isinstance(format, Lanes):
-            made.append(LanesReader(t, target, format, stored, operands.k))
+            lanes = LanesReader(t, target, format, stored, operands.k)
+            made.append(lanes if format.rounding == "none" else RoundedReader(lanes))
         elif isinstance(format, LanesDense):
             made.append(DenseReader(t, format, stored, operands.k))
         elif size is not None:

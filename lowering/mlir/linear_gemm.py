@@ -145,7 +145,7 @@ class _Gemm:
                 finish = self._scaler(weight, block, k)
                 for j in range(weight.unit):
                     put(finish(weight.value(words, j)), k + j, v)
-        if weight.group is None:
+        if weight.rest:
             with t.loop(whole, end) as k:
                 for v, block in enumerate(blocks):
                     put(weight.single(block, k), k, v)

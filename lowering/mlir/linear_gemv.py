@@ -38,7 +38,8 @@ def _groups(shape: Shape) -> list[int]:
 
 
 def _has_terms(format: Any) -> bool:
-    return format.kind == "lanes" and (isinstance(format.zero, str) or format.offset is not None)
+    factored = format.kind == "lanes" and format.rounding == "none"
+    return factored and (isinstance(format.zero, str) or format.offset is not None)
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
@@ -117,6 +118,8 @@ class _Gemv:
         if weight.group is None:
             whole = self.k - self.k % weight.unit
             sums = self._accumulate(weight, blocks, t.constant(0, "i64"), whole)
+            if not weight.rest:
+                return sums
             with t.loop(whole, self.k, 1, carry=sums) as rest:
                 values = [weight.single(block, rest.index) for block in blocks]
                 rest.carry(self._products(values, rest.index, list(rest.values)))

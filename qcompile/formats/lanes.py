@@ -32,8 +32,8 @@ class Lanes(Affine):
 
     W = rounding((code - zero) * scale + offset) * factor, with table[code] for (code - zero) where there is a table.
     A number as `zero` is the same everywhere; a dtype name says that it is stored, in code units (None: there
-    is none); `offset` likewise. Kernels factor scale * factor out of the sum over a group and ignore `rounding`, which
-    only `dequantize` applies.
+    is none); `offset` likewise. Without a rounding, kernels factor scale * factor out of the sum over a group; those for
+    int8 activations always do, and leave the rounding of weights out.
     """
 
     kind: ClassVar[str] = "lanes"
