@@ -15,7 +15,7 @@ from qcompile.errors import ArtifactError, near
 # Pure functions of their arguments: no randomness, no files, nothing written in place.
 ATEN = frozenset(
     """
-    _log_softmax _native_batch_norm_legit_no_training _safe_softmax _softmax _to_copy _unsafe_view
+    __and__ __or__ __xor__ _log_softmax _native_batch_norm_legit_no_training _safe_softmax _softmax _to_copy _unsafe_view
     _scaled_dot_product_flash_attention_for_cpu abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d add addcdiv
     addcmul addmm alias all amax amin aminmax any arange argmax argmin argsort as_strided asin asinh atan atan2 atanh
     avg_pool1d avg_pool2d baddbmm batch_norm bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift

@@ -22,6 +22,9 @@ from qcompile.runtime.state import State
 from qcompile.runtime.store import Contents, write
 from qcompile.target import Target, target
 
+# Models that, given no position_ids, count from a row's first token; the others count padding too.
+FROM_FIRST_TOKEN = frozenset({"opt", "biogpt"})
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -125,6 +128,8 @@ class CompiledModel:
             state.first.copy_(first_tokens(attention_mask, ids.shape)[0])
         if position_ids is None:
             position_ids = torch.arange(past, past + length).expand(batch, length)
+            if self.artifact.model_config.get("model_type") in FROM_FIRST_TOKEN:
+                position_ids = (position_ids - state.first[:, None]).clamp(min=0)
         if isinstance(logits_to_keep, torch.Tensor):
             check_indices("logits_to_keep", logits_to_keep, length)
             keep = logits_to_keep.long()

@@ -31,8 +31,8 @@ def with_weights_of(model: Any, q: CompiledModel) -> Any:
     model = copy.deepcopy(model).float().eval()
     for path in q.artifact.weights:
         module, weight = model.get_submodule(path), q.weight(path)
-        # Conv1D keeps its weight as [K, N].
-        module.weight.data = weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
+        # Conv1D keeps its weight as [K, N]. A new parameter: an embedding tied to the old one keeps its own values.
+        module.weight = torch.nn.Parameter(weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight)
     return model
 
 
