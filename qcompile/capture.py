@@ -139,7 +139,8 @@ def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | Non
         rows, columns = module.weight.shape
         n, k = (columns, rows) if kind == "Conv1D" else (rows, columns)
         bias = f"{path}.bias".lstrip(".") if getattr(module, "bias", None) is not None else None
-        dtype = source.info(weight).dtype if weight in there else "f32"
+        info = source.info(weight) if weight in there else None
+        dtype = info.dtype if info is not None and not info.encoding else "f32"  # blocks are worth float32 numbers
         tied = tuple(other for other, (_, name) in found.items() if name == weight and other != path)
         modules[path] = Module(
             path, kind, n, k, weight, bias and first[bias], dtype, tied, module is head,

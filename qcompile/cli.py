@@ -10,12 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qcompile.errors import QCompileError
+
+if TYPE_CHECKING:
+    from qcompile.runtime.model import CompiledModel
 
 
 class Commands(click.Group):
@@ -67,9 +71,14 @@ def _progress(show: bool) -> Iterator[Callable[[str, str], None] | None]:
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The artifact folder to write.")
 @click.option("--config", help="Quantization config: JSON, or a JSON file. Default: the checkpoint's own.")
 @click.option("--target", default="cpu", show_default=True, help="See `qcompile targets`.")
-@click.option("--accuracy", type=click.Choice(["exact", "int8"]), default="exact", show_default=True)
+@click.option(
+    "--accuracy", type=click.Choice(["exact", "int8"]), default="exact", show_default=True,
+    help="Inputs of quantized layers on a CPU: float32, or rounded to int8 in groups.",
+)  # fmt: skip
 @click.option("--strict", is_flag=True, help="An operation without a kernel is an error instead of a fallback.")
-@click.option("--print-after", "print_after", multiple=True, metavar="PASS", help="Print the graph after this pass.")
+@click.option(
+    "--print-after", "print_after", multiple=True, metavar="PASS", help="Print the graph after this pass (* is all)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def compile_command(
     model: str, output: Path, config: str | None, target: str, accuracy: str, strict: bool,
@@ -79,7 +88,7 @@ def compile_command(
     import qcompile
 
     def show(name: str, text: str) -> None:
-        click.echo(f"# after {name}\n{text}")
+        click.echo(f"# after {name}\n{text}", err=as_json)
 
     with _progress(not as_json) as progress:
         compiled = qcompile.compile(
@@ -90,10 +99,10 @@ def compile_command(
     click.echo(json.dumps(compiled.report.to_json(), indent=1) if as_json else str(compiled.report))
 
 
-def _load(artifact: Path, target: str | None, trusted: bool) -> Any:
+def _load(artifact: Path, target: str | None, trusted: bool, threads: int | None) -> CompiledModel:
     import qcompile
 
-    return qcompile.load(artifact, target=target, native="trusted" if trusted else "rebuild")
+    return qcompile.load(artifact, target, "trusted" if trusted else "rebuild", threads=threads)
 
 
 def _tokenizer(path: str) -> Any:
@@ -101,126 +110,162 @@ def _tokenizer(path: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise click.ClickException("text needs a tokenizer: pip install 'qcompile[transformers]'") from None
-    if path.endswith(".gguf"):
-        return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name)
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        if path.endswith(".gguf"):
+            return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name)
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"no tokenizer in {path!r}: {str(error).splitlines()[0]}") from None
 
 
-trusted_option = click.option(
-    "--trusted", is_flag=True, help="Run the native code in the artifact instead of building the kernels again."
-)
-target_option = click.option("--target", help="Run on this target instead of the artifact's own.")
+class _Stream:
+    """Prints the text of tokens as they come; a character whose bytes have not all come waits for the rest."""
+
+    def __init__(self, words: Any):
+        self.words, self.count = words, 0
+        self.tokens: list[int] = []
+        self.shown = ""
+
+    def __call__(self, token: Any) -> None:
+        self.count += 1
+        self.tokens.append(int(token))
+        text = self.words.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show(text)
+
+    def finish(self) -> None:
+        self._show(self.words.decode(self.tokens, skip_special_tokens=True))
+        click.echo()
+
+    def _show(self, text: str) -> None:
+        click.echo(text[len(self.shown) :], nl=False)
+        self.shown = text
+
+
+def execution_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options about how a finished artifact is run."""
+    for option in (
+        click.option("--threads", type=click.IntRange(min=1), help="Processors to use; all without it."),
+        click.option("--target", help="Run on this target instead of the artifact's own."),
+        click.option("--trusted", is_flag=True, help="Run the artifact's native code; kernels are not built again."),
+    ):
+        command = option(command)
+    return command
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path, exists=True))
+@click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @click.option("--tokenizer", required=True, help="Folder, hub id or .gguf file that holds the tokenizer.")
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Where to stop at the latest."
+)
 @click.option("--temperature", type=float, help="Sample at this temperature; greedy without it.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random numbers that sampling draws.")
 @click.option("--chat/--no-chat", default=False, help="Wrap the prompt in the tokenizer's chat template.")
-@trusted_option
-@target_option
+@execution_options
 def run(
     artifact: Path, prompt: str, tokenizer: str, max_new_tokens: int, temperature: float | None, seed: int, chat: bool,
-    trusted: bool, target: str | None,
+    trusted: bool, target: str | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Generate text from PROMPT with a compiled language model, as it comes."""
-    model, words = _load(artifact, target, trusted), _tokenizer(tokenizer)
+    model, words = _load(artifact, target, trusted, threads), _tokenizer(tokenizer)
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = words.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = words(prompt, return_tensors="pt").input_ids
-    made: list[int] = []
-
-    def stream(token: Any) -> None:
-        before = words.decode(made)
-        made.append(int(token))
-        click.echo(words.decode(made)[len(before) :], nl=False)
-
-    start = time.perf_counter()
+    # A template writes the special tokens itself.
+    ids = words(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids
+    stream, start = _Stream(words), time.perf_counter()
     model.generate(
-        ids, max_new_tokens=max_new_tokens, do_sample=temperature is not None, temperature=temperature or 1.0,
-        seed=seed, streamer=stream,
+        ids, max_new_tokens=max_new_tokens, do_sample=temperature is not None,
+        temperature=1.0 if temperature is None else temperature, seed=seed, streamer=stream,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    click.echo()
-    click.echo(f"{len(made)} tokens, {len(made) / seconds:.1f} tokens/s with the prompt's {ids.shape[1]}", err=True)
+    stream.finish()
+    rate = f"{stream.count / seconds:.1f} tokens/s, reading the prompt's {ids.shape[1]} included"
+    click.echo(f"{stream.count} tokens, {rate}", err=True)
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path, exists=True))
-@click.option("--kernel", help="Print the source of this kernel.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--kernel", metavar="NAME", help="Print the source of this kernel.")
 @click.option("--graph", is_flag=True, help="Print the final graph.")
+@click.option("--after", metavar="PASS", help="Print the graph after this pass.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def inspect(artifact: Path, kernel: str | None, graph: bool, as_json: bool) -> None:
+def inspect(artifact: Path, kernel: str | None, graph: bool, after: str | None, as_json: bool) -> None:
     """Show what an artifact holds: every weight, kernel and fallback. Runs nothing of it."""
-    from qcompile.runtime import store
+    from qcompile.runtime.model import CompiledModel
+    from qcompile.runtime.store import read
 
-    opened = store.read(artifact)
+    model = CompiledModel(read(artifact))
     if kernel is not None:
-        if kernel not in opened.sources:
-            raise click.BadParameter(f"the artifact has {', '.join(sorted(opened.sources))}", param_hint="--kernel")
-        click.echo(opened.sources[kernel])
-    elif graph:
-        click.echo(opened.graph_text)
+        kernels = model.kernels()
+        if kernel not in kernels:
+            known = ", ".join(sorted(kernels)) or "no kernels"
+            raise click.BadParameter(f"{kernel!r} is not one of {known}", param_hint="--kernel")
+        click.echo(kernels[kernel].source)
+    elif graph or after is not None:
+        click.echo(model.graph(after))
     elif as_json:
-        click.echo(json.dumps(opened.report.to_json(), indent=1))
+        click.echo(json.dumps(model.report.to_json(), indent=1))
     else:
-        click.echo(str(opened.report))
+        click.echo(str(model.report))
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path, exists=True))
-@click.option("--prompt-length", default=128, show_default=True)
-@click.option("--new-tokens", default=64, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
-@trusted_option
-@target_option
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prompt-length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of prefill.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to decode.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@execution_options
 def bench(
-    artifact: Path, prompt_length: int, new_tokens: int, as_json: bool, trusted: bool, target: str | None
-) -> None:
-    """Time loading, prefill and decode of a compiled language model on this machine."""
+    artifact: Path, prompt_length: int, new_tokens: int, as_json: bool, trusted: bool, target: str | None,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Time loading, prefill and decode of a compiled language model on this machine: the best of three."""
     import torch
 
     start = time.perf_counter()
-    model = _load(artifact, target, trusted)
+    model = _load(artifact, target, trusted, threads)
     result = {"load s": time.perf_counter() - start}
-    ids = torch.arange(1, prompt_length + 1)[None]
-    model.generate(ids, max_new_tokens=2)
-    start = time.perf_counter()
-    model.generate(ids, max_new_tokens=1)
-    prefill = time.perf_counter() - start
-    start = time.perf_counter()
-    model.generate(ids, max_new_tokens=new_tokens + 1, eos_token_id=-1)
-    decode = time.perf_counter() - start - prefill
+    ids = (torch.arange(prompt_length) % model.artifact.model_config.get("vocab_size", prompt_length))[None]
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=count, eos_token_id=[])
+        return time.perf_counter() - start
+
+    seconds(2)
+    prefill = min(seconds(1) for _ in range(3))
+    decode = min(seconds(new_tokens + 1) for _ in range(3)) - prefill
     result |= {"prefill tokens/s": prompt_length / prefill, "decode tokens/s": new_tokens / decode}
     lines = [f"{name:18} {value:10.2f}" for name, value in result.items()]
     click.echo(json.dumps(result) if as_json else "\n".join(lines))
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def formats(as_json: bool) -> None:
-    """List every storage format with its bits per weight, and the backends that run it."""
-    from qcompile.support import format_rows, markdown
+    """List every storage format with its bits a weight, and the kernels that read it."""
+    from qcompile.support import markdown, rows
 
-    click.echo(json.dumps(format_rows()) if as_json else markdown(format_rows()))
+    click.echo(json.dumps([asdict(row) for row in rows()], indent=1) if as_json else markdown(rows()))
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the targets as JSON.")
 def targets(as_json: bool) -> None:
     """List the targets, and which of them run on this machine."""
-    from qcompile.target import CPU_LEVELS, native, target
+    from qcompile.target import CPU_LEVELS, target
 
     known = [*CPU_LEVELS.values(), target("reference")]
-    rows = [{"target": item.name, "runs here": not item.missing(), "missing": item.missing()} for item in known]
+    native = next((item.name for item in known if not item.missing() and item.backend == "cpu"), None)
+    table = [{"target": item.name, "runs here": not item.missing(), "missing": item.missing()} for item in known]
     if as_json:
-        click.echo(json.dumps({"native": native().name, "targets": rows}))
+        click.echo(json.dumps({"native": native, "targets": table}, indent=1))
         return
-    click.echo(f"cpu and cpu:native mean {native().name} on this machine")
-    for row in rows:
-        state = "runs here" if row["runs here"] else f"cross-compiles; here lacks {', '.join(row['missing'])}"
-        click.echo(f"{row['target']:22} {state}")
+    click.echo(f"cpu and cpu:native mean {native or 'nothing'} on this machine")
+    for item in known:
+        lacks = ", ".join(item.missing())
+        click.echo(f"{item.name:22} {f'here lacks {lacks}' if lacks else 'runs here'}")
+    click.echo("reference:DEVICE runs on any torch device; every CPU target can be compiled for anywhere")

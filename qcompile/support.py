@@ -33,8 +33,9 @@ EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One format with some parameters, which the reference backend always reads. `bits` are stored bits a weight at 4096 x 4096, scales included.
+    """One format with some parameters. `bits` are stored bits a weight at 4096 x 4096, scales included.
 
+    The reference backend reads every format by its formula.
     `exact` and `int8` name the tier of the CPU kernel at that accuracy: "native" (integer dot products), "lanes" (codes
     in a lane layout, float arithmetic) or "generic" (the format's formula as it is); `reason` says why it is no better.
     """

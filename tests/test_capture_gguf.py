@@ -102,6 +102,7 @@ def test_blocks_stay_blocks(name, kind, tmp_path):
         info = program.source.info(module.weight)
         blocked = module.weight not in ("lm_head.weight", "transformer.wpe.weight")
         assert info.encoding == (kind.name.lower() if blocked else "")
+        assert module.dtype == "f32"  # what the blocks are worth, for a method that quantizes them again
         if blocked:
             expected = gguf.quantize(np.zeros((module.n, module.k), np.float32), kind).shape
             assert info.shape == program.source.read(module.weight).shape == expected
