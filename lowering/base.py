@@ -34,7 +34,7 @@ def operands(node: Node, **defaults: Any) -> list[Any]:
 class Copier(Protocol):
     """Emits the call that copies (and converts) one strided view into another; each backend has one."""
 
-    def __call__(self, context: Context, source: View, target: View, source_dtype: str, target_dtype: str) -> Call: ...
+    def __call__(self, ctx: Context, source: View, target: View, source_dtype: str, target_dtype: str, /) -> Call: ...
 
 
 class Context:
@@ -82,6 +82,14 @@ class Context:
             return dim(size(value), self.names)
         except (KeyError, ValueError) as error:
             raise Refuse(f"a size has no static form: {error}") from None
+
+    def serves(self, names: Sequence[str], kernel: str, tier: str, reason: str = "") -> None:
+        """Notes what reads the weight stored as `names`: for the node's own module, and others it has nothing noted for."""
+        own, report = self.node.meta.get("module", "") if self.node else "", self.program.report
+        for path, record in self.program.weights.items():
+            row = report.weights.get(path)
+            if row is not None and [*record.tensors.values()] == list(names) and (path == own or not row.tier):
+                report.update_weight(path, kernel=kernel, tier=tier, reason=reason)
 
     # -- where data lives --
 

@@ -114,19 +114,25 @@ def _operation(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None]
             remedy="compile without strict to run this node through ATen",
         )
     ctx.program.report.fallback(node, reason)
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            ctx.serves([source.meta["tensor"]], str(node.target), "aten", reason)
     _aten(node, ctx)
 
 
 def _inline(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None], strict: bool) -> None:
     """A region that its rule refused, one operation after another."""
-    region = ctx.program.graph.get_submodule(str(node.target)).graph
-    for inner, outer in zip(region.find_nodes(op="placeholder"), node.args, strict=True):
+    module = ctx.program.graph.get_submodule(str(node.target))
+    assert isinstance(module, torch.fx.GraphModule)
+    region, operands = module.graph, node.args
+    for inner, outer in zip(region.find_nodes(op="placeholder"), operands, strict=True):
+        assert isinstance(outer, Node)
         ctx.values[inner] = ctx.values[outer]
     for inner in region.nodes:
         if inner.op == "call_function":
             ctx.node = inner
             _operation(inner, ctx, rule_for, strict)
-    results = region.output_node().args[0]
+    results: Any = region.output_node().args[0]
     several = isinstance(results, (list, tuple))
     ctx.values[node] = tuple(ctx.values[item] for item in results) if several else ctx.values[results]
     ctx.node = node
@@ -182,7 +188,8 @@ def _aten(node: Node, ctx: Context) -> None:
 def _outputs(node: Node, ctx: Context) -> None:
     """Each output gets a buffer of its own: the one it was computed in when that holds exactly this value."""
     taken: set[str] = set()
-    for name, item in zip(ctx.program.outputs, node.args[0], strict=True):
+    results: Any = node.args[0]
+    for name, item in zip(ctx.program.outputs, results, strict=True):
         if not isinstance(item, Node):
             raise LoweringError("an output is not a tensor", where=name, found=repr(item), expected="a tensor")
         source = ctx.strided(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -12,7 +12,7 @@ import torch
 from qcompile.artifact import View
 from qcompile.dims import Dim
 
-Size = sympy.Expr
+Size: TypeAlias = Any  # a sympy expression, which has no types
 ZERO = sympy.Integer(0)
 
 

@@ -20,16 +20,21 @@ def _number(item: Any) -> Any:
     return item.meta["val"] if isinstance(item, Node) else item
 
 
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _reshape(node: Node, ctx: Context) -> Strided:
-    source = ctx.strided(node.args[0])
+    source = ctx.strided(_args(node)[0])
     shape = [size(item) for item in node.meta["val"].shape]
-    view = source.reshape(shape)
-    return view if view is not None else ctx.copied(source).reshape(shape)
+    view = source.reshape(shape) or ctx.copied(source).reshape(shape)
+    assert view is not None  # a contiguous copy takes any shape
+    return view
 
 
 def _slice(node: Node, ctx: Context) -> Strided:
-    axis, start, _end, step = (list(node.args[1:]) + [0, None, None, 1][len(node.args) - 1 :])[:4]
-    source = ctx.strided(node.args[0])
+    axis, start, _end, step = (list(_args(node)[1:]) + [0, None, None, 1][len(_args(node)) - 1 :])[:4]
+    source = ctx.strided(_args(node)[0])
     first = size(_number(start) or 0)
     if first.is_negative:
         first = sympy.expand(first + source.shape[axis])
@@ -40,8 +45,8 @@ def _slice(node: Node, ctx: Context) -> Strided:
 
 
 def _split(node: Node, ctx: Context) -> tuple[Strided, ...]:
-    source = ctx.strided(node.args[0])
-    axis = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    source = ctx.strided(_args(node)[0])
+    axis: Any = node.kwargs.get("dim", _args(node)[2] if len(_args(node)) > 2 else 0)
     parts, start = [], size(0)
     for value in node.meta["val"]:
         length = size(value.shape[axis])
@@ -51,18 +56,18 @@ def _split(node: Node, ctx: Context) -> tuple[Strided, ...]:
 
 
 def _unbind(node: Node, ctx: Context) -> tuple[Strided, ...]:
-    source, axis = ctx.strided(node.args[0]), node.args[1] if len(node.args) > 1 else 0
+    source, axis = ctx.strided(_args(node)[0]), _args(node)[1] if len(_args(node)) > 1 else 0
     return tuple(source.select(axis, index) for index in range(len(node.meta["val"])))
 
 
 def _squeeze(node: Node, ctx: Context) -> Strided:
-    source = ctx.strided(node.args[0])
-    axes = node.args[1] if len(node.args) > 1 else range(len(source.shape))
+    source = ctx.strided(_args(node)[0])
+    axes = _args(node)[1] if len(_args(node)) > 1 else range(len(source.shape))
     return source.squeeze([axes] if isinstance(axes, int) else list(axes))
 
 
 def _source(node: Node, ctx: Context) -> Strided:
-    return ctx.strided(node.args[0])
+    return ctx.strided(_args(node)[0])
 
 
 VIEWS: dict[Any, Callable[[Node, Context], Any]] = {
@@ -71,16 +76,16 @@ VIEWS: dict[Any, Callable[[Node, Context], Any]] = {
     aten.reshape.default: _reshape,
     aten.flatten.using_ints: _reshape,
     aten.unflatten.int: _reshape,
-    aten.permute.default: lambda node, ctx: _source(node, ctx).permute(node.args[1]),
-    aten.transpose.int: lambda node, ctx: _source(node, ctx).transpose(*node.args[1:3]),
+    aten.permute.default: lambda node, ctx: _source(node, ctx).permute(_args(node)[1]),
+    aten.transpose.int: lambda node, ctx: _source(node, ctx).transpose(*_args(node)[1:3]),
     aten.t.default: lambda node, ctx: _source(node, ctx).permute(list(range(len(node.meta["val"].shape)))[::-1]),
     aten.expand.default: lambda node, ctx: _source(node, ctx).expand(node.meta["val"].shape),
-    aten.unsqueeze.default: lambda node, ctx: _source(node, ctx).unsqueeze(node.args[1]),
+    aten.unsqueeze.default: lambda node, ctx: _source(node, ctx).unsqueeze(_args(node)[1]),
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.slice.Tensor: _slice,
-    aten.select.int: lambda node, ctx: _source(node, ctx).select(node.args[1], _number(node.args[2])),
+    aten.select.int: lambda node, ctx: _source(node, ctx).select(_args(node)[1], _number(_args(node)[2])),
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _split,
@@ -89,5 +94,5 @@ VIEWS: dict[Any, Callable[[Node, Context], Any]] = {
     aten.clone.default: _source,
     aten.alias.default: _source,
     aten.detach.default: _source,
-    operator.getitem: lambda node, ctx: ctx.values[node.args[0]][node.args[1]],
+    operator.getitem: lambda node, ctx: ctx.values[_args(node)[0]][_args(node)[1]],
 }

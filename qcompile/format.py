@@ -163,7 +163,9 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     return cls(**values)
 
 
-_hints = functools.cache(typing.get_type_hints)
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -59,4 +59,6 @@ def lower_embedding(node: Node, ctx: Context) -> None:
     rows = ctx.contiguous(ids, "i64")
     tables = [ctx.view(item) for item in stored]
     args = [rows, ctx.output(node), *tables]
-    ctx.emit(ctx.call(TEMPLATE, params, args, (times(*ctx.shape(ids)),), (1,)))
+    call = ctx.call(TEMPLATE, params, args, (times(*ctx.shape(ids)),), (1,))
+    ctx.emit(call)
+    ctx.serves([item.meta["tensor"] for item in stored], call.kernel, "generic")

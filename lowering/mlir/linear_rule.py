@@ -141,13 +141,9 @@ def _gemm(request: Request) -> list[Call]:
 
 def _report(node: Node, spec: LinearSpec, ctx: Context, reason: str) -> None:
     """Kernel and tier of each module whose weight the node reads."""
-    program, at = ctx.program, 0
-    kernel = ctx.steps[-1].variants[0].calls[-1].kernel
+    at, kernel = 0, ctx.steps[-1].variants[0].calls[-1].kernel
     tensors = [item.meta["tensor"] for item in cast("list[Node]", node.args[1])]
     for part in spec.parts:
-        names = tensors[at : at + part.tensors]
-        at += part.tensors
         tier = "native" if "int8" in kernel else "lanes" if part.format["kind"].startswith("lanes") else "generic"
-        for path, record in program.weights.items():
-            if list(record.tensors.values()) == names and path in program.report.weights:
-                program.report.update_weight(path, kernel=kernel, tier=tier, reason=reason)
+        ctx.serves(tensors[at : at + part.tensors], kernel, tier, reason)
+        at += part.tensors
