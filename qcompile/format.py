@@ -146,7 +146,7 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     Dense(dtype='f16')
     """
     cls = format_class(data.get("kind", ""))
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     known = {f.name: f for f in fields(typing.cast(Any, cls))}
     values: dict[str, Any] = {}
     for name, value in data.items():
