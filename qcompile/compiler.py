@@ -81,6 +81,9 @@ def compile(
         executable, weights = _lower(program, place, accuracy, strict)
         tensors |= weights
         kernels = _build(executable, place, progress)
+    else:
+        for path in report.weights:
+            report.update_weight(path, tier="eager")
     artifact = Artifact(
         target=place.name,
         kind=program.kind,
