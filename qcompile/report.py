@@ -41,7 +41,8 @@ class WeightRow:
     `format` is how the source stores it and `layout` how the compiled model does (formats' kinds); `bits` counts the stored
     bits a weight in `layout`, scales included, and `bytes` its share of the weights file. `kernel` and `tier` come from
     lowering; the tier is "native" (integer dot products), "lanes" (the layout's own decoding), "generic" (decoding for any
-    format), "aten" (no kernel) or "eager" (the reference target). `reason` says why the weight was not quantized, or why its layout or kernel is not the fast one.
+    format), "aten" (no kernel) or "eager" (the reference target). `reason` says why the weight was not quantized, or why
+    its layout or kernel is not the fast one.
     """
 
     path: str
