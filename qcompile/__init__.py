@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompile.compiler import compile, load
+    from qcompile.compiler import compile
     from qcompile.errors import QCompileError
+    from qcompile.loading import load
     from qcompile.runtime.model import CompiledModel
 
 __all__ = ["CompiledModel", "QCompileError", "compile", "load"]
@@ -20,7 +21,7 @@ _HOMES = {
     "CompiledModel": "qcompile.runtime.model",
     "QCompileError": "qcompile.errors",
     "compile": "qcompile.compiler",
-    "load": "qcompile.compiler",
+    "load": "qcompile.loading",
 }
 
 

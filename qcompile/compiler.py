@@ -1,10 +1,9 @@
-"""The whole compiler on a page: capture, passes, lowering, kernels; and its way back from a folder."""
+"""The whole compiler on a page: capture, passes, lowering, kernels."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qcompile.artifact import Artifact, Executable
@@ -15,7 +14,6 @@ from qcompile.graphjson import graph_of
 from qcompile.methods.index import parse_config
 from qcompile.passes.base import Context, run_pipeline
 from qcompile.passes.pipelines import CHECKED, FULL, pipeline
-from qcompile.runtime import load as runtime_load
 from qcompile.runtime.cache import build_kernels
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
@@ -100,27 +98,6 @@ def compile(
     return CompiledModel(
         Contents(artifact, tensors, kernels, {}, report.to_json(), ctx.snapshots), on=place, threads=threads
     )
-
-
-def load(
-    path: str | Path,
-    target: str | None = None,
-    native: Literal["rebuild", "trusted"] = "rebuild",
-    *,
-    threads: int | None = None,
-    verify: bool = True,
-) -> CompiledModel:
-    """The compiled model in the folder `path`; see `qcompile.runtime.load.load`.
-
-    With native="rebuild" nothing in the folder is executed: the installed compiler makes the kernels again from data, or
-    takes them from the user's cache. With native="trusted" the object files in the folder are run.
-    """
-    builder = None
-    if native == "rebuild":
-        from qcompile.lowering.mlir.build import Builder
-
-        builder = Builder()
-    return runtime_load.load(path, target, native, builder=builder, threads=threads, verify=verify)
 
 
 def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Callable[[str, str], None] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class CompiledModel:
 
         A causal language model takes input_ids [b, s] and, if wanted, attention_mask [b, s] (padding at either end),
         position_ids [b, s], past_key_values (from an earlier call with use_cache=True), use_cache, logits_to_keep. It
-        returns an object with `logits` f32 [b, positions, vocabulary]: transformers' class where that is installed.
+        returns an object with `logits` f32 [b, positions, vocabulary]: transformers' class where that is imported.
         """
         if self.artifact.kind == "causal-lm":
             names = ("input_ids", "attention_mask", "position_ids")
@@ -214,7 +215,7 @@ class CompiledModel:
         """The graph's text after the pass called `after`; after the last one, if None."""
         snapshots = self.contents.snapshots
         if not snapshots:
-            raise ConfigError("no graph was kept", remedy='compile(..., keep_graphs="*")')
+            raise ConfigError("the model has no graphs to show")
         name = list(snapshots)[-1] if after is None else after
         if name not in snapshots:
             raise ConfigError(f"no graph was kept after {name!r}{near(name, snapshots)}", expected=", ".join(snapshots))
@@ -239,11 +240,9 @@ class CompiledModel:
         return f"CompiledModel({what}, target={self.target.name!r}, accuracy={self.artifact.accuracy!r})"
 
 
-@functools.cache
 def _causal_output() -> Any:
-    """transformers' output class of causal language models, or ours with the same fields where it is not installed."""
-    try:
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-    except ImportError:
-        return Output
-    return CausalLMOutputWithPast
+    """transformers' output class of causal language models, or ours with the same fields where nobody imported that.
+
+    Importing it here would take seconds and more memory than a small model.
+    """
+    return getattr(sys.modules.get("transformers.modeling_outputs"), "CausalLMOutputWithPast", Output)

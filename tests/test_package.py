@@ -63,6 +63,18 @@ def test_importing_the_runtime_imports_no_compiler() -> None:
     assert not loaded & heavy
 
 
+def test_loading_imports_no_compiler() -> None:
+    loaded = imported("import qcompile; qcompile.load")
+    assert not loaded & {
+        "torch_mlir",
+        "transformers",
+        "networkx",
+        "qcompile.capture",
+        "qcompile.passes",
+        "qcompile.lowering",
+    }
+
+
 def test_layers_keep_to_their_contracts() -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True

@@ -6,6 +6,7 @@ import artifacts
 import pytest
 import tiny_programs as tiny
 import torch
+import transformers
 from torch import nn
 
 from qcompile import codec
@@ -119,7 +120,7 @@ def test_logits_are_the_models(llama):
     ids, mask = prompts(9, 9)
     out = q(input_ids=ids, attention_mask=mask)
     torch.testing.assert_close(out.logits, model(input_ids=ids).logits)
-    assert type(out).__name__ == "CausalLMOutputWithPast" and out.past_key_values is None
+    assert type(out) is transformers.modeling_outputs.CausalLMOutputWithPast and out.past_key_values is None
     torch.testing.assert_close(q(ids).logits, out.logits)
     assert torch.equal(q(ids, return_dict=False)[0], out.logits)
 
