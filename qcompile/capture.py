@@ -58,6 +58,9 @@ def capture(
             where=type(model).__name__,
             remedy="pass example_inputs=(tensor, ...) and dynamic_shapes, as for torch.export",
         )
+    if not isinstance(model, str | os.PathLike):
+        expected = "an nn.Module, a folder, a .gguf file, or the id of a model on the Hub"
+        raise ConfigError("this is not a model", found=type(model).__name__, expected=expected)
     if example_inputs is not None or dynamic_shapes is not None:
         remedy = "leave them out: the inputs of a checkpoint's architecture are known"
         raise ConfigError("example_inputs and dynamic_shapes are for modules", where=str(model), remedy=remedy)

@@ -253,7 +253,8 @@ SHAPES: list[tuple[str, MethodConfig, Module, str]] = [
         "awq cannot store this module's weight\n"
         "  where:    model.layers.0.mlp.up_proj [64, 128]\n"
         "  found:    K = 128\n"
-        "  expected: a multiple of the group, 96",
+        "  expected: a multiple of the group, 96\n"
+        "  try:      choose another group size or method, or leave the module dense by the config's skip list",
     ),
     (
         "hqq",
@@ -262,7 +263,8 @@ SHAPES: list[tuple[str, MethodConfig, Module, str]] = [
         "hqq cannot store this module's weight\n"
         "  where:    fc [64, 128]\n"
         "  found:    N * K = 8192\n"
-        "  expected: a multiple of the group, 24",
+        "  expected: a multiple of the group, 24\n"
+        "  try:      choose another group size or method, or leave the module dense by the config's skip list",
     ),
     (
         "eetq",
@@ -271,7 +273,8 @@ SHAPES: list[tuple[str, MethodConfig, Module, str]] = [
         "eetq cannot store this module's weight\n"
         "  where:    fc [60, 128]\n"
         "  found:    [60, 128]\n"
-        "  expected: multiples of 64",
+        "  expected: multiples of 64\n"
+        "  try:      choose another group size or method, or leave the module dense by the config's skip list",
     ),
 ]
 

@@ -67,7 +67,8 @@ def legal(fmt: Format, module: Module, method: str) -> None:
             where=f"{module.path} [{module.n}, {module.k}]",
             found=problem.found,
             expected=problem.expected,
-            remedy=problem.remedy,
+            remedy=problem.remedy
+            or "choose another group size or method, or leave the module dense by the config's skip list",
         )
 
 
