@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,18 @@ CONFIGS = {
     "int4 (hqq, groups of 64)": {"quant_method": "hqq", "nbits": 4, "group_size": 64},
 }
 PROMPT = "Explain in two sentences why the sky is blue."
+
+
+def summary(report: Any) -> str:
+    """A line for each kind of weight, and one for what no kernel covers; `print(report)` shows every layer."""
+    kinds: dict[tuple[str, str, str], list[Any]] = {}
+    for row in report.weights.values():
+        kinds.setdefault((row.format, row.layout, f"{row.bits:.2f}"), []).append(row)
+    lines = [
+        f"{len(rows):4} weights  {format:9} as {layout}  {bits} bits  {sum(row.bytes for row in rows) / 1e6:6.1f} MB"
+        for (format, layout, bits), rows in kinds.items()
+    ]
+    return "\n".join([*lines, f"{len(report.fallbacks):4} operators run through ATen"])
 
 
 def float_perplexity(windows: list[torch.Tensor]) -> float:
@@ -40,7 +53,7 @@ def main() -> None:
         start = time.perf_counter()
         compiled = qcompile.compile(smollm2.gguf(), config, target="cpu")
         print(f"== {name}: compiled in {time.perf_counter() - start:.1f} s")
-        print(compiled.report)
+        print(summary(compiled.report))
         print(f"perplexity {smollm2.perplexity(lambda ids, q=compiled: q(input_ids=ids).logits, windows):.2f}")
         with tempfile.TemporaryDirectory() as folder:
             compiled.save(Path(folder) / "smollm2.qc")
@@ -52,7 +65,9 @@ def main() -> None:
             out = loaded.generate(prompt, max_new_tokens=64)
             seconds = time.perf_counter() - start
         made = out[0, prompt.shape[1] :]
-        print(f"{len(made) / seconds:.1f} tokens/s, reading the prompt included:\n{words.decode(made)}\n")
+        print(
+            f"{len(made) / seconds:.1f} tokens/s, reading the prompt included:\n{words.decode(made, skip_special_tokens=True)}\n"
+        )
 
 
 if __name__ == "__main__":
