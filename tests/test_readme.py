@@ -12,9 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    (name, at, text) for name in ("README.md",) for at, text in enumerate(BLOCK.findall((ROOT / name).read_text()))
-]
+BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
 
 
 @pytest.fixture(scope="module")
