@@ -45,7 +45,7 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("name", PAGES)
 def test_links_and_paths_lead_somewhere(name):
     text = (ROOT / name).read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / name).parent / target).exists(), target
     for path in re.findall(r"`((?:qcompile|passes|lowering|runtime|tests|examples|benchmarks|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
