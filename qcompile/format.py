@@ -7,6 +7,7 @@ import importlib
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -72,7 +73,7 @@ class Names(types.SimpleNamespace):
         return getattr(self, name, None)
 
 
-class Format:
+class Format(ABC):
     """A way to store a weight W [N, K] (N outputs, K inputs): a frozen dataclass whose fields are its parameters.
 
     A format says three things: `stored`, `fields` and `value`; reading, packing, conversion, kernels and sizes follow.
@@ -81,21 +82,21 @@ class Format:
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def stored(self, N: int, K: int) -> tuple[Stored, ...]:
         """The stored tensors of a weight [N, K], in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
         """Where each field of W[n, k] lies: `t.<name>[i, j]` loads.
 
         Addresses and bits only, so that the packer can walk them backwards; `bits(x + constant, ...)` is
         allowed. A stored index that other addresses use (GPTQ's g_idx) is a field too.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, f: Any) -> Expr:
         """What W[n, k] is worth, f32, from its fields `f.<name>`, with every rounding that the method makes."""
-        raise NotImplementedError
 
     def check(self, N: int, K: int) -> list[Problem]:
         """Why this format cannot hold [N, K]; empty when it can."""
