@@ -28,7 +28,7 @@ def compiled(name: str, config: str, target: str = "cpu", accuracy: str = "exact
 
 def with_weights_of(model: Any, q: CompiledModel) -> Any:
     """A float32 copy of `model` whose weights are those that `q` stores, dequantized."""
-    model = copy.deepcopy(model).float().eval()
+    model = torch.nn.Module.float(copy.deepcopy(model)).eval()  # models read from GGUF refuse their own float()
     for path in q.artifact.weights:
         module, weight = model.get_submodule(path), q.weight(path)
         # Conv1D keeps its weight as [K, N]. A new parameter: an embedding tied to the old one keeps its own values.
