@@ -70,7 +70,10 @@ class Renderer:
                 return args[0]
             case "load":
                 name, dtype, shape = node.attr
-                value = self._element(self.tensors[name], self._place(args, shape), dtype)
+                last = math.prod(shape) - 1
+                # An index may be data too, as the group of an input is: no data lead outside of the tensor.
+                place = self._place(args, shape).most(0).least(last)
+                value = self._element(self.tensors[name], place, dtype)
                 return value if dtype in FLOATS else memory.convert(t, value, dtype, "i32")
             case "bits":
                 word, shift = self._alike(args)
@@ -83,7 +86,8 @@ class Renderer:
                     total, low = total | (part << low), low + width
                 return total
             case "table":
-                return self._element(self.tables[node], args[0], "f32" if node.dtype == "f32" else "i32")
+                place = args[0].most(0).least(len(node.attr) - 1)
+                return self._element(self.tables[node], place, "f32" if node.dtype == "f32" else "i32")
             case "where":
                 return t.select(*self._alike(args))
             case "lt":

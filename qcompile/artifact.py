@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qcompile.dims import Dim
 
@@ -64,6 +65,18 @@ class Call:
     dims: tuple[Dim, ...] = ()
     writes: tuple[int, ...] = ()
     literals: tuple[Any, ...] | None = None
+
+
+class Extent(NamedTuple):
+    """What a kernel may touch of one argument: `elements` of `dtype` from its first on; `written`: it writes there."""
+
+    dtype: str
+    elements: int
+    written: bool = False
+
+
+Extents = Callable[[tuple[int, ...], int], Sequence[Extent]]
+"""(dims of a call, threads) -> the extent of each argument; ArtifactError for dims that the kernel is not made for."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qcompile.graphjson import graph_of
 from qcompile.methods.index import parse_config
 from qcompile.passes.base import Context, run_pipeline
 from qcompile.passes.pipelines import CHECKED, FULL, pipeline
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.cache import build_kernels
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
@@ -75,10 +76,11 @@ def compile(
     )
     run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
     tensors, executable, kernels = dict(program.tensors), None, dict[str, "Built"]()
+    bounds: Bounds | None = None
     if place.backend == "cpu":
         executable, weights = _lower(program, place, accuracy, strict)
         tensors |= weights
-        kernels = _build(executable, place, progress)
+        kernels, bounds = _build(executable, place, progress)
     else:
         for path in report.weights:
             report.update_weight(path, tier="eager")
@@ -96,7 +98,10 @@ def compile(
         defaults=_defaults(program),
     )
     return CompiledModel(
-        Contents(artifact, tensors, kernels, {}, report.to_json(), ctx.snapshots), on=place, threads=threads
+        Contents(artifact, tensors, kernels, {}, report.to_json(), ctx.snapshots),
+        on=place,
+        threads=threads,
+        bounds=bounds,
     )
 
 
@@ -120,10 +125,13 @@ def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tupl
     return lower(program, place, accuracy, rule_for, copier, strict=strict)
 
 
-def _build(executable: Executable, place: Target, progress: Callable[[str, str], None] | None) -> dict[str, Built]:
+def _build(
+    executable: Executable, place: Target, progress: Callable[[str, str], None] | None
+) -> tuple[dict[str, Built], Bounds]:
     from qcompile.lowering.mlir.build import Builder
 
-    return build_kernels(executable.kernels, place.name, Builder(progress))
+    builder = Builder(progress)
+    return build_kernels(executable.kernels, place.name, builder), Bounds.of(executable.kernels, builder, ours=True)
 
 
 def _graph(program: Program, executable: Executable | None) -> Any:

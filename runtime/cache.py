@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qcompile import codec
-from qcompile.artifact import Built, KernelSpec
+from qcompile.artifact import Built, Extents, KernelSpec
 from qcompile.errors import ArtifactError
 
 log = logging.getLogger("qcompile")
@@ -28,6 +28,9 @@ class Builder(Protocol):
 
     def build(self, kernels: Mapping[str, KernelSpec], target: str) -> Mapping[str, Built]:
         """The kernels, made now."""
+
+    def extents(self, spec: KernelSpec) -> Extents:
+        """What the kernel may touch of its arguments; ArtifactError for parameters that no kernel can be made from."""
 
 
 def cache_folder() -> Path:

@@ -91,10 +91,12 @@ def _ports(program: Executable, ports: tuple[Port, ...], kind: str | None, known
             raise _fail("two ports have one name", port.name)
         if port.dtype not in DTYPES:
             raise _fail("a dtype is not known", port.name, port.dtype, ", ".join(DTYPES))
-        if kind is not None and program.buffers[port.view.buffer].kind != kind:
-            raise _fail(
-                f"an {kind} is in another kind of buffer", port.name, program.buffers[port.view.buffer].kind, kind
-            )
+        buffer = program.buffers[port.view.buffer]
+        if kind is not None and buffer.kind != kind:
+            raise _fail(f"an {kind} is in another kind of buffer", port.name, buffer.kind, kind)
+        # What the caller gives is checked against the port, and lies where the buffer is.
+        if kind is not None and port.view.shape != buffer.shape:
+            raise _fail(f"an {kind} is not all of its buffer", port.name, port.view.shape, buffer.shape)
 
 
 def _view(program: Executable, where: str, view: View, known: _Dims) -> None:

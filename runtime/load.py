@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qcompile.errors import ArtifactError, ConfigError, ToolchainError
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.cache import Builder, build_kernels
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import read
@@ -29,8 +30,9 @@ def load(
 
     `target` is where it runs: None for the one it was compiled for, "reference" or "reference:<torch device>" for its
     graph in torch, or another CPU level. With native="rebuild" nothing in the folder is executed: `builder` makes the
-    kernels again from data, kept in `cache` (the user's folder, if None) by content. With native="trusted" the objects
-    in the folder are linked and run: they are programs. `verify` compares the digest of the weights.
+    kernels again from data, kept in `cache` (the user's folder, if None) by content, and every call of one is compared
+    with what it may touch. With native="trusted" the objects in the folder are linked and run: they are programs, which
+    nothing keeps inside their arguments. `verify` compares the digest of the weights.
     Errors: ArtifactError for a folder that is damaged or not for this machine, ToolchainError without a compiler.
     """
     if native not in ("rebuild", "trusted"):
@@ -58,9 +60,10 @@ def load(
         return CompiledModel(contents, on=on, threads=threads)
     if builder is None:
         raise ToolchainError("kernels cannot be built here", where=str(path), found="no compiler", remedy=_TRUST)
+    bounds = Bounds.of(artifact.executable.kernels, builder)
     try:
         kernels = build_kernels(artifact.executable.kernels, on.name, builder, cache)
     except ToolchainError as error:
         raise ToolchainError(error.summary, where=error.where or str(path), found=error.found, expected=error.expected,
                              remedy=_TRUST) from error  # fmt: skip
-    return CompiledModel(dataclasses.replace(contents, kernels=kernels), on=on, threads=threads)
+    return CompiledModel(dataclasses.replace(contents, kernels=kernels), on=on, threads=threads, bounds=bounds)

@@ -14,6 +14,7 @@ import torch
 from qcompile.artifact import KernelSpec
 from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.report import Report
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.generate import Runner, Sampling, first_tokens, generate
 from qcompile.runtime.inputs import check_indices
 from qcompile.runtime.output import Output, structured
@@ -39,11 +40,18 @@ class CompiledModel:
     """A model that `compile` made or `load` read. Nothing runs, and no machine is needed, before the first call.
 
     `on` is where it runs (None: the target it was compiled for); `threads` how many processors a CPU target uses (None:
-    all that the process may use).
+    all that the process may use). `bounds` says what its kernels may touch; None trusts them.
     """
 
-    def __init__(self, contents: Contents, *, on: str | Target | None = None, threads: int | None = None):
-        self.contents, self.artifact, self.threads = contents, contents.artifact, threads
+    def __init__(
+        self,
+        contents: Contents,
+        *,
+        on: str | Target | None = None,
+        threads: int | None = None,
+        bounds: Bounds | None = None,
+    ):
+        self.contents, self.artifact, self.threads, self.bounds = contents, contents.artifact, threads, bounds
         self.target = target(self.artifact.target if on is None else on)
 
     @functools.cached_property
@@ -64,7 +72,8 @@ class CompiledModel:
                 "the artifact is for another machine", found=found, expected=self.target.name, remedy=remedy
             )
         executable, tensors = self.artifact.executable, self.contents.tensors
-        return Session(executable, tensors, self.contents.kernels, sizes=sizes, threads=self.threads)
+        kernels, threads = self.contents.kernels, self.threads
+        return Session(executable, tensors, kernels, sizes=sizes, threads=threads, bounds=self.bounds)
 
     def __call__(self, *args: torch.Tensor, **inputs: Any) -> Any:
         """What the source model returns for the same inputs, positional or by name.

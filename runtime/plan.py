@@ -13,6 +13,7 @@ from qcompile.artifact import Call, Executable, View
 from qcompile.dims import Dim, evaluate
 from qcompile.dtypes import itemsize
 from qcompile.errors import ArtifactError
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.memory import assign
 
 Table = npt.NDArray[np.int64]
@@ -152,8 +153,13 @@ def is_eager(kernel: str) -> bool:
     return kernel.startswith(("aten.", "qcompile."))
 
 
-def make_plan(executable: Executable, sizes: Mapping[str, int], addresses: Mapping[str, int]) -> Plan:
-    """The plan for `sizes`; `addresses` are the kernels' entries. ArtifactError for a program that does not fit."""
+def make_plan(
+    executable: Executable, sizes: Mapping[str, int], addresses: Mapping[str, int], bounds: Bounds | None = None
+) -> Plan:
+    """The plan for `sizes`; `addresses` are the kernels' entries. ArtifactError for a program that does not fit.
+
+    `bounds`: what the kernels may touch, which is compared with what the calls give them.
+    """
     numbers = _Numbers(sizes)
     shapes = {name: numbers.all(buffer.shape) for name, buffer in executable.buffers.items()}
     elements = {name: _elements(shape, name) for name, shape in shapes.items()}
@@ -197,7 +203,11 @@ def make_plan(executable: Executable, sizes: Mapping[str, int], addresses: Mappi
         for window in args:
             owners.append(base.get(window.buffer, 0))
             offsets.append(places.get(window.buffer, 0) + window.offset * itemsize(buffers[window.buffer].dtype))
-        dims += [numbers(dim) for dim in call.dims]
+        given = numbers.all(call.dims)
+        if bounds is not None:
+            held = [elements[window.buffer] - window.offset for window in args]
+            bounds.check(name, call, given, sizes["threads"], buffers, held)
+        dims += given
 
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
     pointers, values = np.zeros(len(owners), dtype=np.int64), np.array(dims, dtype=np.int64)

@@ -13,8 +13,9 @@ import torch
 from qcompile import operators
 from qcompile.artifact import Built, Executable, Port
 from qcompile.dtypes import DTYPES
-from qcompile.errors import ArtifactError
+from qcompile.errors import ArtifactError, ConfigError
 from qcompile.runtime import native
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.inputs import LENGTH, Signature, bind_weights
 from qcompile.runtime.memory import ALIGNMENT, aligned, allocate, empty
 from qcompile.runtime.plan import Eager, Native, Plan, Window, is_eager, make_plan
@@ -39,6 +40,7 @@ class Session:
     """An executable in memory, for any number of calls from any thread (they take turns).
 
     `weights` are the weight buffers' tensors by name, `kernels` the built kernels; `sizes` bounds the named sizes.
+    `bounds` says what the kernels may touch; None trusts them.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Session:
         *,
         sizes: Mapping[str, tuple[int, int]] | None = None,
         threads: int | None = None,
+        bounds: Bounds | None = None,
     ):
+        self.bounds = bounds
         self.executable, self.threads = executable, threads or default_threads()
         self.limits = dict(sizes or {})
         self.signature = Signature(executable.inputs, executable.buffers, self.limits)
@@ -116,13 +120,13 @@ class Session:
 
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes` (the program's named sizes but `threads`)."""
-        return make_plan(self.executable, {**sizes, "threads": self.threads}, self.loaded.addresses)
+        return make_plan(self.executable, {**sizes, "threads": self.threads}, self.loaded.addresses, self.bounds)
 
     def _bound(self, sizes: dict[str, int]) -> _Binding:
         key = tuple(sizes.values())  # ports give sizes in one order
         binding = self._plans.get(key)
         if binding is None:
-            plan = make_plan(self.executable, sizes, self.loaded.addresses)
+            plan = make_plan(self.executable, sizes, self.loaded.addresses, self.bounds)
             binding = self._plans[key] = _Binding(plan, self.executable, sizes.get(LENGTH, 0))
             for index, name in enumerate(plan.bound):
                 if name in self.weights:
@@ -135,6 +139,8 @@ class Session:
     def _prepare(
         self, inputs: Mapping[str, torch.Tensor], state: State | None, out: Mapping[str, torch.Tensor]
     ) -> tuple[_Binding, dict[str, torch.Tensor]]:
+        if state is not None and state.buffers != self.states:
+            raise ConfigError("a state belongs to another model", remedy="continue it with the model that made it")
         inputs, sizes = self.signature.accept(inputs, state, bool(self.states))
         sizes["threads"] = self.threads
         binding = self._bound(sizes)

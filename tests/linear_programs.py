@@ -14,10 +14,12 @@ from qcompile.artifact import Built, Executable, KernelSpec
 from qcompile.format import Format
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir import templates, toolchain
+from qcompile.lowering.mlir.build import Builder
 from qcompile.lowering.mlir.pointwise import copier
 from qcompile.lowering.mlir.rules import rule_for
 from qcompile.ops import LinearSpec, Part
 from qcompile.program import Program
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.session import Session
 from qcompile.target import Target, native
 
@@ -84,7 +86,8 @@ def native_run(
     """The program's output from its kernels."""
     target = target or native()
     executable, weights = executable_of(made, target)
-    session = Session(executable, weights, build(executable, target), threads=threads)
+    bounds = Bounds.of(executable.kernels, Builder(), ours=True)
+    session = Session(executable, weights, build(executable, target), threads=threads, bounds=bounds)
     names = [port.name for port in executable.inputs]
     (y,) = session(dict(zip(names, inputs, strict=True))).values()
     return y

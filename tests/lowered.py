@@ -22,6 +22,7 @@ from qcompile.lowering.mlir.pointwise import copier
 from qcompile.lowering.mlir.rules import rule_for
 from qcompile.passes.base import Context, Pass, run_pipeline
 from qcompile.program import Input, Program
+from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.session import Session
 from qcompile.target import native
 
@@ -63,7 +64,8 @@ class Lowered:
         kernels = {
             name: _built(json.dumps([spec.template, spec.params])) for name, spec in self.executable.kernels.items()
         }
-        self.session = Session(self.executable, weights, kernels, threads=threads)
+        bounds = Bounds.of(self.executable.kernels, Builder(), ours=True)
+        self.session = Session(self.executable, weights, kernels, threads=threads, bounds=bounds)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         names = [item.name for item in self.program.inputs]

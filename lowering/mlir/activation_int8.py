@@ -12,10 +12,13 @@ their codes of the same 4 inputs one behind the other. A tile is an array of 32-
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qcompile.artifact import Extent
+from qcompile.lowering.mlir.extents import numbers, outside
 from qcompile.lowering.mlir.linear import norm_count
+from qcompile.lowering.mlir.linear_params import Norm
 from qcompile.lowering.mlir.prologue import open_row
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.ops import SMALLEST_ACTIVATION
@@ -117,6 +120,35 @@ def _store_codes(t: Text, r: Rounding, bits: Value, codes: Value, k: Value) -> N
 def _wrapped(number: int) -> int:
     """The i32 with the low 32 bits of `number`."""
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+@dataclass(frozen=True)
+class Params:
+    """Those of `Rounding`."""
+
+    k: int
+    group: int
+    block: int
+    tile: int
+    sums: Literal["none", "start", "after"]
+    zero: int
+    prologue: Norm | None
+
+    def problem(self) -> str:
+        return outside(
+            self,
+            block=self.block >= 4 and self.block % 4 == 0,
+            group=self.block <= self.group <= 512 and self.group % self.block == 0,
+            k=self.k >= 1 and self.k % self.group == 0,
+            tile=1 <= self.tile <= 16,
+            zero=abs(self.zero) <= 255,
+        )
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    (m,) = numbers(dims, 1)
+    tiles = -(-m // params.tile) * Rounding(**asdict(params)).words
+    return [Extent("f32", m * params.k), *Norm.extents(params.prologue, params.k), Extent("i32", tiles, True)]
 
 
 def emit(params: dict[str, Any], target: Target) -> str:

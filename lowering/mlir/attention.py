@@ -11,7 +11,7 @@ from torch.fx import Node
 from qcompile.artifact import Call, View
 from qcompile.dims import Dim, plus, times
 from qcompile.lowering.base import Context, Refuse, operands
-from qcompile.lowering.mlir.attention_kernel import Attention
+from qcompile.lowering.mlir.attention_params import Attention
 from qcompile.lowering.mlir.memory import FLOATS
 
 ROWS = 64  # of a block: queries x heads that share a key head
@@ -70,9 +70,7 @@ def lower_attention(node: Node, ctx: Context) -> None:
 
 
 def lower_sdpa(node: Node, ctx: Context) -> None:
-    q, k, v, mask, dropout, causal, scale = operands(
-        node, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
-    )
+    q, k, v, mask, dropout, causal, scale = operands(node, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None)
     if dropout:
         raise Refuse("attention with dropout")
     width = _whole(ctx.shape(q)[-1])
@@ -124,6 +122,8 @@ def _call(
     parts: list[Dim] | None = None,
 ) -> Call:  # fmt: skip
     """The call of the attention kernel; `extra` are the strides of the mask or of cos and sin."""
+    if problem := what.problem():
+        raise Refuse(f"attention with {problem}")
     args = [*(tensors[name] for name in what.args()[:-1]), output]
     dims = [*sizes, *(step for name in "qkv" for step in _strides(tensors[name])), *extra, *(parts or [])]
     return ctx.call("attention", asdict(what), args, dims, [len(args) - 1])

@@ -8,10 +8,11 @@ depends on shapes alone, so the number of threads does not change a bit of the r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qcompile.dtypes import itemsize
+from qcompile.lowering.mlir import attention_params
+from qcompile.lowering.mlir.attention_params import Attention
 from qcompile.lowering.mlir.memory import first_lanes, load, store
 from qcompile.lowering.mlir.rope import turn_row
 from qcompile.lowering.mlir.text import Text, Value
@@ -20,60 +21,7 @@ from qcompile.target import Target
 
 TEMPLATE = "attention"
 LOWEST = -3.4028234663852886e38
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What one attention kernel computes; the params of its KernelSpec.
-
-    `group` query heads share one of `kv_heads` key heads; `d` and `dv` are the widths of keys and values. `queries` is
-    how many positions make a block. `causal`, `window` (0: none), `softcap` (0: none) as in qcompile.attention.
-    `mask`: dtype of an additive mask, "bool" for one that says which keys are seen, "" for none. `rope`: columns of q
-    that are turned (0: none). `cached`: positions begin at `past`, and keys before `start[b]` are not seen.
-    `sinks`: dtype of the logits that only take share, "" for none. `split`: keys of one part, 0 to keep keys together.
-    """
-
-    group: int
-    kv_heads: int
-    d: int
-    dv: int
-    queries: int
-    scale: float
-    causal: bool = True
-    window: int = 0
-    softcap: float = 0.0
-    mask: str = ""
-    rope: int = 0
-    cached: bool = False
-    sinks: str = ""
-    split: int = 0
-    q: str = "f32"
-    k: str = "f32"
-    v: str = "f32"
-    turn: str = "f32"
-    y: str = "f32"
-
-    @property
-    def heads(self) -> int:
-        return self.group * self.kv_heads
-
-    @property
-    def keys(self) -> int:
-        """Keys of a block: its transposed copy is 32 KiB at most."""
-        return 64 if self.d <= 128 else 32
-
-    def args(self) -> list[str]:
-        """The arguments in order."""
-        extra = (["mask"] if self.mask else []) + (["cos", "sin"] if self.rope else [])
-        extra += (["past", "start"] if self.cached else []) + (["sinks"] if self.sinks and not self.split else [])
-        return ["q", "k", "v", *extra, "y"]
-
-    def dims(self) -> list[str]:
-        """The dimensions in order: sizes, then strides in elements of what is not contiguous."""
-        strides = [f"{tensor}_{axis}" for tensor in "qkv" for axis in ("b", "h", "s")]
-        strides += ["mask_b", "mask_h", "mask_s"] if self.mask else []
-        strides += ["turn_b", "turn_s"] if self.rope else []
-        return ["b", "s", "t", *strides, *(["parts"] if self.split else [])]
+Params, extents = attention_params.Attention, attention_params.extents
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
@@ -111,7 +59,7 @@ class _Writer:
     def finish(self) -> str:
         t, what = self.t, self.what
         s, t_keys = self.dim["s"], self.dim["t"]
-        past = t.load(self.arg["past"], "i64") if what.cached else t.constant(0, "i64")
+        past = first_slot(t, self.arg["past"], t_keys) if what.cached else t.constant(0, "i64")
         keys = (past + s).least(t_keys) if what.cached else t_keys
         blocks = (s + (what.queries - 1)) // what.queries
         parts = (keys + (what.split - 1)) // what.split if what.split else t.constant(1, "i64")
@@ -186,7 +134,9 @@ class _Writer:
         with t.loop(0, self.what.keys) as i:
             for column in range(0, width, line):
                 place = self.arg[tensor].at((base + i * self.dim[f"{tensor}_s"] + column) * itemsize(dtype))
-                t.line(f'"llvm.intr.prefetch"({place}) <{{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}}> : (!llvm.ptr) -> ()')
+                t.line(
+                    f'"llvm.intr.prefetch"({place}) <{{rw = 0 : i32, hint = 3 : i32, cache = 1 : i32}}> : (!llvm.ptr) -> ()'
+                )
 
     def _transpose_keys(self, batch: Value, head: Value, key: Value, keys: Value) -> None:
         """[kt][i, j] = k[key + j, i] for the vectors of keys that are there; the last key fills up the last vector."""
@@ -222,9 +172,7 @@ class _Writer:
                     place = self.p.at(j + (r * what.keys + v * self.lanes), "f32")
                     t.store(sums[r * self.vectors + v], place)
 
-    def _outer(
-        self, sums: list[Value], count: Value, left: tuple[Value, int], right: Any, vectors: int
-    ) -> list[Value]:
+    def _outer(self, sums: list[Value], count: Value, left: tuple[Value, int], right: Any, vectors: int) -> list[Value]:
         """sums[r][v] += left[r, i] * right(i, v) over i < count; `left` is a pointer and the stride of its rows."""
         t, (pointer, stride) = self.t, left
         with t.loop(0, count, carry=sums) as loop:
@@ -353,6 +301,11 @@ def final_factor(t: Text, most: Value, share: Value, sinks: Value | None, head: 
         keep = exp(most - new)
         share = t.fma(share, keep, exp(sink - new))
     return t.select(share > 0.0, keep / share, 0.0)
+
+
+def first_slot(t: Text, past: Value, capacity: Value) -> Value:
+    """The number at `past`, which is data: whatever it is, no slot outside the cache follows from it."""
+    return t.load(past, "i64").most(0).least(capacity)
 
 
 def transpose(t: Text, rows: Sequence[Value]) -> list[Value]:

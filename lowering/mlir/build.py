@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qcompile.artifact import Built, KernelSpec
-from qcompile.lowering.mlir import toolchain
+from qcompile.artifact import Built, Extents, KernelSpec
+from qcompile.lowering.mlir import templates, toolchain
 from qcompile.lowering.mlir.templates import emit, entry
 from qcompile.target import target as target_of
 
@@ -31,3 +31,7 @@ class Builder:
             text = emit(spec, level)
             made[name] = Built(text, toolchain.compile_module(text, level), entry(spec))
         return made
+
+    def extents(self, spec: KernelSpec) -> Extents:
+        """What the kernel may touch of its arguments; ArtifactError for parameters that no kernel can be made from."""
+        return templates.extents(spec)

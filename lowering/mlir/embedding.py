@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch.fx import Node
 
+from qcompile.artifact import Extent
 from qcompile.dims import times
 from qcompile.format import format_from_json
 from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.mlir.extents import numbers
+from qcompile.lowering.mlir.linear_params import format_problem
 from qcompile.lowering.mlir.memory import first_lanes, store
 from qcompile.lowering.mlir.text import Text
-from qcompile.lowering.render import Renderer, check
+from qcompile.lowering.render import Renderer
 from qcompile.simplify import coordinates, simplify
 from qcompile.target import Target
 
@@ -20,8 +25,27 @@ TEMPLATE = "embedding"
 LANES = 16
 
 
+@dataclass(frozen=True)
+class Params:
+    """A table [n, k] in a format."""
+
+    format: dict[str, Any]
+    n: int
+    k: int
+
+    def problem(self) -> str:
+        return format_problem(format_from_json(self.format), (self.n, self.k))
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    (t,) = numbers(dims, 1)
+    stored = format_from_json(params.format).stored(params.n, params.k)
+    tables = [Extent(item.dtype, math.prod(item.shape)) for item in stored]
+    return [Extent("i64", t), Extent("f32", t * params.k, True), *tables]
+
+
 def emit(params: dict[str, Any], target: Target) -> str:
-    """`params`: "format", "n", "k". Args: ids i64 [T], y f32 [T, k], the stored tensors. Dims: T.
+    """Text of the kernel. Args: ids i64 [T], y f32 [T, k], the stored tensors. Dims: T.
 
     An id outside 0 .. n - 1 gives a row of NaN. Threads share the pieces of sixteen inputs of all rows.
     """
@@ -54,7 +78,8 @@ def lower_embedding(node: Node, ctx: Context) -> None:
     ids, stored, text, n, k = cast("tuple[Node, list[Node], str, int, int]", node.args)
     if ctx.dtype(node) != "f32":
         raise Refuse(f"the embedding kernel writes f32, not {ctx.dtype(node)}")
-    check(format_from_json(json.loads(text)).weight(n, k))
+    if problem := format_problem(format_from_json(json.loads(text)), (n, k)):
+        raise Refuse(f"no text for {problem}")
     params = {"format": json.loads(text), "n": n, "k": k}
     rows = ctx.contiguous(ids, "i64")
     tables = [ctx.view(item) for item in stored]

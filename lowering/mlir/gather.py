@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch.fx import Node
 
+from qcompile.artifact import Extent
 from qcompile.dims import times
 from qcompile.lowering.base import Context, Refuse, operands
+from qcompile.lowering.mlir.extents import Element, numbers
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
@@ -46,6 +49,24 @@ def _lower(node: Node, ctx: Context, x: Node, index: Node, axis: int) -> None:
     args = [ctx.contiguous(x), ctx.contiguous(index), ctx.output(node)]
     dims = [times(*shape[:axis]), shape[axis], times(*ctx.shape(index)), times(*shape[axis + 1 :])]
     ctx.emit(ctx.call(TEMPLATE, params, args, dims, [2]))
+
+
+@dataclass(frozen=True)
+class Params:
+    """The dtypes."""
+
+    x: Element
+    index: Literal["i64", "i32"]
+    y: Element
+
+    def problem(self) -> str:
+        return ""
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    outer, rows, count, inner = numbers(dims, 4)
+    y = Extent(params.y, outer * count * inner, True)
+    return [Extent(params.x, outer * rows * inner), Extent(params.index, count), y]
 
 
 def emit(params: dict[str, Any], target: Target) -> str:

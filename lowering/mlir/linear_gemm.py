@@ -14,10 +14,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.artifact import Extent
 from qcompile.lowering.mlir.decode import Reader, readers
 from qcompile.lowering.mlir.epilogue import Epilogue
+from qcompile.lowering.mlir.extents import numbers, outside
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
-from qcompile.lowering.mlir.linear_pack import rest_width
+from qcompile.lowering.mlir.linear_pack import packed_size, rest_width
+from qcompile.lowering.mlir.linear_params import LinearParams
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
@@ -30,10 +33,13 @@ UNROLL = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """The register tile: `rows` of x by a strip of `vectors` times 16 outputs."""
+    """The register tile: `rows` of x, 6 or 12, by a strip of `vectors` times 16 outputs."""
 
     rows: int
-    vectors: int
+
+    @property
+    def vectors(self) -> int:
+        return self.rows // 6
 
     @property
     def strip(self) -> int:
@@ -47,19 +53,36 @@ class Tile:
 
 def tile(target: Target) -> Tile:
     """24 sums in 32 registers of 16 lanes; 12 in 16 registers of 8 (or 24 in 32 of 4)."""
-    return Tile(12, 2) if target.isa == "avx512" else Tile(6, 1)
+    return Tile(12 if target.isa == "avx512" else 6)
 
 
-def scratch(target: Target) -> int:
+def scratch(tile: Tile) -> int:
     """float32 elements that each thread needs."""
-    return tile(target).strip * (DEPTH + STRIPS * tile(target).waiting)
+    return tile.strip * (DEPTH + STRIPS * tile.waiting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(LinearParams):
+    """Those of `linear.Shape`, with no prologue (it is linear-pack's), and "tile", its rows of x."""
+
+    tile: int
+
+    def problem(self) -> str:
+        return outside(self, tile=self.tile in (6, 12), prologue=self.prologue is None) or super().problem()
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    m, k, *rows = numbers(dims, 2 + len(params.formats))
+    size = threads * scratch(Tile(params.tile))
+    x = int(packed_size(m, k, params.tile))
+    return [Extent("f32", x), *params.extents(m, k, rows), Extent("f32", size, True)]
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
-    """`params`: those of `linear.Shape`, with no prologue (it is linear-pack's). x is packed; needs `scratch`."""
-    shape = Shape.of(params)
-    t = Text(TEMPLATE.replace("-", "_"), f"y = epilogue(x @ W.T + bias), {tile(target)}\n{shape}")
-    _Gemm(t, target, shape).emit()
+    """Text of the kernel. x is packed. Dims: M, K, rows of each part. Needs `scratch`."""
+    shape, tile = Shape.of(params), Tile(params["tile"])
+    t = Text(TEMPLATE.replace("-", "_"), f"y = epilogue(x @ W.T + bias), {tile}\n{shape}")
+    _Gemm(t, target, shape, tile).emit()
     return t.finish()
 
 
@@ -73,14 +96,14 @@ class Piece:
 
 
 class _Gemm:
-    def __init__(self, t: Text, target: Target, shape: Shape):
-        self.t, self.shape, self.tile = t, shape, tile(target)
+    def __init__(self, t: Text, target: Target, shape: Shape, tile: Tile):
+        self.t, self.shape, self.tile = t, shape, tile
         self.operands = Operands.load(t, shape, scratch=True)
         self.m, self.k = self.operands.m, self.operands.k
         self.epilogue = Epilogue(t, shape, self.operands)
         self.readers = readers(t, target, shape, self.operands)
         assert self.operands.scratch is not None
-        self.weights = self.operands.scratch.at(t.thread * scratch(target), "f32")  # [DEPTH, strip]
+        self.weights = self.operands.scratch.at(t.thread * scratch(tile), "f32")  # [DEPTH, strip]
         self.sums = self.weights.at(DEPTH * self.tile.strip, "f32")  # [STRIPS, waiting, strip]
 
     def emit(self) -> None:

@@ -10,11 +10,15 @@ computed by every thread for itself: that is cheaper than a barrier for so few r
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from qcompile.artifact import Extent
 from qcompile.lowering.mlir.decode import Reader, Scaling, readers
 from qcompile.lowering.mlir.epilogue import Epilogue
+from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
+from qcompile.lowering.mlir.linear_params import MOST_ROWS, LinearParams
 from qcompile.lowering.mlir.prologue import open_row, write_row, write_sums
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
@@ -42,8 +46,25 @@ def _has_terms(format: Any) -> bool:
     return factored and (isinstance(format.zero, str) or format.offset is not None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Params(LinearParams):
+    """Those of `linear.Shape`, and "rows", the greatest M it is written for."""
+
+    rows: int
+
+    def problem(self) -> str:
+        return outside(self, rows=1 <= self.rows <= MOST_ROWS) or super().problem()
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    m, k, *rows = numbers(dims, 2 + len(params.formats))
+    require(m <= params.rows, "more rows than the kernel is written for", m, f"at most {params.rows}")
+    size = scratch(asdict(params), k)
+    return [Extent("f32", m * k), *params.extents(m, k, rows), *[Extent("f32", threads * size, True)] * (size > 0)]
+
+
 def emit(params: dict[str, Any], target: Target) -> str:
-    """`params`: those of `linear.Shape`, and "rows", the greatest M it is written for. Needs `scratch`."""
+    """Text of the kernel. Dims: M, K, rows of each part. Needs `scratch`."""
     shape, rows = Shape.of(params), params["rows"]
     t = Text(TEMPLATE.replace("-", "_"), f"y = epilogue(norm(x) @ W.T + bias), at most {rows} rows\n{shape}")
     _Gemv(t, target, shape, rows, bool(scratch(params, 1 << 20))).emit()
@@ -63,6 +84,10 @@ class _Gemv:
         self.chains = max(1, (8 if wide else 4) // (rows * self.blocks))
 
     def emit(self) -> None:
+        with self.t.when(self.operands.m > 0):
+            self._work()
+
+    def _work(self) -> None:
         t = self.t
         self.x, self.sums = self._rows()
         for section, first, end in shares(t, sections(t, self.shape, self.operands)):

@@ -9,13 +9,17 @@ scales, then are scaled and added to f32 sums in the scratch. When all inputs ar
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from qcompile.artifact import Extent
 from qcompile.lowering.mlir.activation_int8 import Rounding, Rows
 from qcompile.lowering.mlir.epilogue import Epilogue
+from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.int8_dot import WORDS, dot, quads
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_int8 import Block, Scheme, scheme
+from qcompile.lowering.mlir.linear_params import LinearParams
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
@@ -29,11 +33,37 @@ def scratch(params: dict[str, Any]) -> int:
     return int(params["side"] * LANES * (params["k"] // 4 + streams * params["m_block"]))
 
 
-def emit(params: dict[str, Any], target: Target) -> str:
-    """The operands of `linear.py`, x being tiles of `scheme(params).rounding(tile)`, without prologue, with scratch.
+@dataclass(frozen=True, kw_only=True)
+class Params(LinearParams):
+    """Those of `Shape`, without prologue, `k`, `act_group`, `tile`, `side`, and `m_block`, a multiple of `tile`."""
 
-    Params: those of `Shape`, `k`, `act_group`, `tile`, `side`, and `m_block`, a multiple of `tile`.
-    """
+    k: int
+    act_group: int
+    tile: int
+    side: int
+    m_block: int
+
+    def problem(self) -> str:
+        return outside(
+            self,
+            tile=1 <= self.tile <= 16,
+            side=1 <= self.side <= 4,
+            m_block=1 <= self.m_block <= 4096 and self.m_block % self.tile == 0,
+            prologue=self.prologue is None,
+            k=self.k >= 1,
+        ) or super().problem() or scheme(asdict(self)).problem()  # fmt: skip
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    m, k, *rows = numbers(dims, 2 + len(params.formats))
+    require(k == params.k, "a kernel is called for another size than it was made for", k, params.k)
+    given = asdict(params)
+    x = -(-m // params.tile) * scheme(given).rounding(params.tile).words
+    return [Extent("i32", x), *params.extents(m, k, rows), Extent("f32", threads * scratch(given), True)]
+
+
+def emit(params: dict[str, Any], target: Target) -> str:
+    """Text of the kernel: the operands of `linear.py`, x being tiles of `scheme(params).rounding(tile)`, with scratch."""
     s, shape = scheme(params), Shape.of(params)
     t = Text("linear_int8_gemm", f"{(__doc__ or '').splitlines()[0]}\n{s}\n{shape}")
     operands = Operands.load(t, shape, True)

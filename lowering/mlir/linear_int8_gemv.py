@@ -7,14 +7,18 @@ loads are under way, each block's words in the order they lie in memory; `rows` 
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from qcompile.artifact import Extent
 from qcompile.formats.stream import planes
 from qcompile.lowering.mlir.activation_int8 import Rounding, Rows, round_row
 from qcompile.lowering.mlir.epilogue import Epilogue
+from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.int8_dot import WORDS, dot, quads
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_int8 import Block, Scheme, group_of, scheme
+from qcompile.lowering.mlir.linear_params import MOST_ROWS, LinearParams
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
 
@@ -31,8 +35,30 @@ def _rounding(params: dict[str, Any]) -> Rounding:
     return scheme(params).rounding(params["rows"], params["prologue"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Params(LinearParams):
+    """Those of `Shape`, `k`, `act_group`, `rows` >= M, `blocks`."""
+
+    k: int
+    act_group: int
+    rows: int
+    blocks: int
+
+    def problem(self) -> str:
+        few = self.rows >= 1 and self.blocks >= 1 and self.rows * self.blocks <= MOST_ROWS
+        return outside(self, rows=few, k=self.k >= 1) or super().problem() or scheme(asdict(self)).problem()
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    m, k, *rows = numbers(dims, 2 + len(params.formats))
+    require(k == params.k, "a kernel is called for another size than it was made for", k, params.k)
+    require(m <= params.rows, "more rows than the kernel is written for", m, f"at most {params.rows}")
+    size = threads * scratch(asdict(params))
+    return [Extent("f32", m * k), *params.extents(m, k, rows), Extent("f32", size, True)]
+
+
 def emit(params: dict[str, Any], target: Target) -> str:
-    """The operands of `linear.py` with scratch; params: those of `Shape`, `k`, `act_group`, `rows` >= M, `blocks`."""
+    """Text of the kernel: the operands of `linear.py` with scratch."""
     s, r, shape, rows = scheme(params), _rounding(params), Shape.of(params), params["rows"]
     t = Text("linear_int8_gemv", f"{(__doc__ or '').splitlines()[0]}\n{s}\n{shape}")
     operands = Operands.load(t, shape, True)

@@ -7,10 +7,14 @@ their number rounded up to a third of a tile, the last row repeated.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from qcompile.artifact import Extent
 from qcompile.dims import Dim, plus, times
+from qcompile.lowering.mlir.extents import numbers, outside
 from qcompile.lowering.mlir.linear import LANES, norm_count
+from qcompile.lowering.mlir.linear_params import Norm
 from qcompile.lowering.mlir.prologue import Row, open_row
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
@@ -31,8 +35,25 @@ def rest_width(rest: Value, tile: int) -> Value:
     return (rest + (third - 1)) // third * third
 
 
+@dataclass(frozen=True)
+class Params:
+    """ "tile", a multiple of 3, and "prologue" of `LinearSpec`."""
+
+    tile: int
+    prologue: Norm | None
+
+    def problem(self) -> str:
+        return outside(self, tile=3 <= self.tile <= 48 and self.tile % 3 == 0)
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    m, k = numbers(dims, 2)
+    packed = int(packed_size(m, k, params.tile))
+    return [Extent("f32", m * k), Extent("f32", packed, True), *Norm.extents(params.prologue, k)]
+
+
 def emit(params: dict[str, Any], target: Target) -> str:
-    """`params`: "tile", a multiple of 3, and "prologue" of `LinearSpec`. Args: x, packed, norm tensors. Dims: M, K."""
+    """Text of the kernel. Args: x, packed, norm tensors. Dims: M, K."""
     tile, prologue = params["tile"], params["prologue"]
     t = Text(TEMPLATE.replace("-", "_"), f"packed = norm(x) in tiles of {tile} rows; norm: {prologue}")
     x, packed = t.arg(0), t.arg(1)

@@ -20,7 +20,7 @@ from qcompile.lowering.base import Context, Refuse
 from qcompile.lowering.mlir import linear_gemm, linear_gemv, linear_pack
 from qcompile.lowering.mlir.linear import LANES, Shape, norm_count
 from qcompile.lowering.mlir.linear_int8_rule import lower_int8
-from qcompile.lowering.render import check
+from qcompile.lowering.mlir.linear_params import format_problem
 from qcompile.ops import LinearSpec
 
 GEMV_ROWS = (1, 4)  # what "linear-gemv" is written for
@@ -86,8 +86,8 @@ def _shape(spec: LinearSpec) -> Shape:
         for format, part in zip(formats, spec.parts, strict=True)
     )
     for format, size in zip(formats, sizes, strict=True):
-        if size is not None:
-            check(format.weight(*size))
+        if size is not None and (problem := format_problem(format, size)):
+            raise Refuse(f"no text for {problem}")
     rows = [part.n for part in spec.parts]
     if any(step["op"] == "glu" for step in spec.epilogue):
         halves = len(rows) == 2 and rows[0] == rows[1]
@@ -127,16 +127,16 @@ def _gemv(request: Request, rows: int) -> Call:
 
 def _gemm(request: Request) -> list[Call]:
     ctx, k, shape = request.ctx, request.spec.k, request.shape
-    tile = linear_gemm.tile(ctx.target).rows
-    packed = ctx.temp((linear_pack.packed_size(request.m, k, tile),), "f32")
+    tile = linear_gemm.tile(ctx.target)
+    packed = ctx.temp((linear_pack.packed_size(request.m, k, tile.rows),), "f32")
     pack = ctx.call(
-        linear_pack.TEMPLATE, {"tile": tile, "prologue": shape.prologue}, [request.x, packed, *request.norms],
+        linear_pack.TEMPLATE, {"tile": tile.rows, "prologue": shape.prologue}, [request.x, packed, *request.norms],
         request.dims[:2], (1,),
     )  # fmt: skip
     rest = Shape(shape.formats, shape.ragged, shape.bias, None, shape.epilogue, shape.sizes)
-    scratch = ctx.temp(("threads", linear_gemm.scratch(ctx.target)), "f32")
+    scratch = ctx.temp(("threads", linear_gemm.scratch(tile)), "f32")
     args = [packed, request.y, *request.stored, *request.after_norms, scratch]
-    return [pack, ctx.call(linear_gemm.TEMPLATE, rest.params(), args, request.dims, (1, len(args) - 1))]
+    return [pack, ctx.call(linear_gemm.TEMPLATE, rest.params(tile=tile.rows), args, request.dims, (1, len(args) - 1))]
 
 
 def _report(node: Node, spec: LinearSpec, ctx: Context, reason: str) -> None:

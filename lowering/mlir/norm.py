@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch.fx import Node
 
+from qcompile.artifact import Extent
 from qcompile.dims import Dim, times
 from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.mlir.elementary import log
+from qcompile.lowering.mlir.extents import Float, numbers, outside
 from qcompile.lowering.mlir.memory import FLOATS, first_lanes, load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.lowering.mlir.vecmath import exp
@@ -57,6 +60,28 @@ def _lower(node: Node, ctx: Context, x: Any, params: dict[str, Any], vectors: di
     ctx.emit(ctx.call(TEMPLATE, params, [*args, output], dims, [len(args)]))
 
 
+@dataclass(frozen=True)
+class Params:
+    """What is done to each row, with which constants; the dtypes of x, y and, where there are, weight and bias."""
+
+    op: Literal["rms_norm", "layer_norm", "softmax", "log_softmax"]
+    x: Float
+    y: Float
+    weight: Float | None = None
+    bias: Float | None = None
+    eps: float = 0.0
+    offset: float = 0.0
+
+    def problem(self) -> str:
+        return outside(self, weight=self.weight is not None or self.op != "rms_norm")
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    rows, n = numbers(dims, 2)
+    vectors = [Extent(dtype, n) for dtype in (params.weight, params.bias) if dtype is not None]
+    return [Extent(params.x, rows * n), *vectors, Extent(params.y, rows * n, True)]
+
+
 def emit(params: dict[str, Any], target: Target) -> str:
     """Text of the kernel. args: x [rows, n], weight [n] and bias [n] where params name their dtypes, y [rows, n].
     dims: rows, n."""
@@ -66,7 +91,9 @@ def emit(params: dict[str, Any], target: Target) -> str:
     with t.loop(first, end) as i:
         assert isinstance(i, Value)
         row.start = i * row.n
-        {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "softmax": _softmax, "log_softmax": _softmax}[params["op"]](row)
+        {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "softmax": _softmax, "log_softmax": _softmax}[params["op"]](
+            row
+        )
     return t.finish()
 
 

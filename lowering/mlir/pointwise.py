@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from qcompile.artifact import Call, View
+from qcompile.artifact import Call, Extent, View
 from qcompile.dims import Dim, evaluate, names, times
 from qcompile.dtypes import DTYPES
 from qcompile.errors import InternalError
 from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.mlir.extents import MOST, Element, numbers, outside, require, strided
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, gather, load, scatter, store, tiles
 from qcompile.lowering.mlir.scalar_ops import OPS
 from qcompile.lowering.mlir.text import Text, Value, vector
@@ -108,6 +110,65 @@ def _collapse(shape: tuple[Dim, ...], strides: Sequence[list[Dim]]) -> tuple[lis
             for k, step in zip(kept, steps, strict=True):
                 k.append(step)
     return (sizes, kept) if sizes else ([1], [[1] for _ in strides])
+
+
+@dataclass(frozen=True)
+class Number:
+    """A constant operand: a number, true or false; infinities and NaN are text."""
+
+    number: Any
+
+    @property
+    def sound(self) -> bool:
+        return type(self.number) in (bool, float, str) or (type(self.number) is int and abs(self.number) < 2**64)
+
+
+@dataclass(frozen=True)
+class Params:
+    """As `call` makes them: (dtype, form of the innermost stride) of the inputs and, with its value, of the outputs."""
+
+    dims: int
+    inputs: tuple[tuple[Element, Literal["same", "unit", "apart"]], ...]
+    outputs: tuple[tuple[Element, Literal["unit", "apart"], int], ...]
+    ops: tuple[tuple[str, Element, tuple[int | Number, ...]], ...]
+
+    def problem(self) -> str:
+        count = len(self.inputs)
+        values = count + len(self.ops)
+        return outside(
+            self,
+            dims=1 <= self.dims <= MOST_DIMS,
+            inputs=count <= 1024,
+            outputs=1 <= len(self.outputs) <= 1024 and all(0 <= value < values for _, _, value in self.outputs),
+            ops=len(self.ops) <= 4096 and all(self._known(op, i) for i, op in enumerate(self.ops, count)),
+        )
+
+    def _known(self, op: tuple[str, str, tuple[int | Number, ...]], place: int) -> bool:
+        """Whether value number `place` is an operation on values before it, and divides integers by none but numbers."""
+        name, _, refs = op
+        sound = all(ref.sound if isinstance(ref, Number) else 0 <= ref < place for ref in refs)
+        if not sound or name not in (*OPS, "to", "full", "index"):
+            return False
+        if name not in ("floor_divide", "remainder"):
+            return True
+        dtypes = [*(given[0] for given in self.inputs), *(made[1] for made in self.ops)]
+        if all(dtypes[ref] in FLOATS for ref in refs if isinstance(ref, int)):
+            return True
+        divisor = refs[1].number if len(refs) == 2 and isinstance(refs[1], Number) else 0
+        return type(divisor) is int and divisor > 0
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    operands = [*((*given, False) for given in params.inputs), *((*given[:2], True) for given in params.outputs)]
+    outer = params.dims - 1
+    lengths = [outer + (form == "apart") for _, form, _ in operands]
+    rest = list(numbers(dims, params.dims + sum(lengths)))
+    sizes, found = [rest.pop(0) for _ in range(params.dims)], []
+    require(math.prod(sizes) <= MOST, "a kernel is called for too many elements", sizes)
+    for (dtype, form, written), length in zip(operands, lengths, strict=True):
+        strides = [rest.pop(0) for _ in range(length)]
+        found.append(Extent(dtype, strided(sizes, [*strides, 0] if form == "same" else strides), written))
+    return found
 
 
 def emit(params: dict[str, Any], target: Target) -> str:

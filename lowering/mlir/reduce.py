@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch.fx import Node
 
+from qcompile.artifact import Extent
 from qcompile.dims import times
 from qcompile.lowering.base import Context, Refuse, operands
+from qcompile.lowering.mlir.extents import Element, numbers
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, first_lanes, load, store
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.target import Target
@@ -40,6 +43,23 @@ def lower_reduction(node: Node, ctx: Context) -> None:
     params = {"op": op, "x": source.dtype, "y": result}
     dims = [times(*view.shape[: len(kept)]), times(*view.shape[len(kept) :])]
     ctx.emit(ctx.call(TEMPLATE, params, [view, ctx.output(node)], dims, [1]))
+
+
+@dataclass(frozen=True)
+class Params:
+    """The operation, and the dtypes."""
+
+    op: Literal["sum", "mean", "amax", "amin", "argmax", "argmin", "any", "all"]
+    x: Element
+    y: Element
+
+    def problem(self) -> str:
+        return ""
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    rows, n = numbers(dims, 2)
+    return [Extent(params.x, rows * n), Extent(params.y, rows, True)]
 
 
 def emit(params: dict[str, Any], target: Target) -> str:

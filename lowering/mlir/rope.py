@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from qcompile.artifact import Extent
+from qcompile.lowering.mlir.extents import Float, numbers, outside, strided
 from qcompile.lowering.mlir.memory import load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
@@ -39,8 +42,33 @@ def turn_row(
             write(load(t, source[0], source[1] + i + width, source[2], lanes, mask), i + width, mask)
 
 
+@dataclass(frozen=True)
+class Params:
+    """heads, d, width (columns that are turned), and dtypes."""
+
+    heads: int
+    d: int
+    width: int
+    x: Float
+    turn: Float
+    y: Float
+
+    def problem(self) -> str:
+        few, whole = 1 << 16, self.width % 2 == 0
+        return outside(
+            self, heads=1 <= self.heads < few, d=1 <= self.d < few, width=0 <= self.width <= self.d and whole
+        )
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    p, (b, s, *steps) = params, numbers(dims, 7)
+    turn = Extent(p.turn, strided((b, s, p.width), steps[3:]))
+    x = Extent(p.x, strided((b, p.heads, s, p.d), steps[:3]))
+    return [x, turn, turn, Extent(p.y, b * p.heads * s * p.d, True)]
+
+
 def emit(params: dict[str, Any], target: Target) -> str:
-    """Text of the kernel. params: heads, d, width, x, turn, y. args: x, cos, sin, y [B, H, S, d]. dims: b, s, strides of
+    """Text of the kernel. args: x, cos, sin, y [B, H, S, d]. dims: b, s, strides of
     x (b, h, s), strides of cos and sin (b, s)."""
     t = Text(TEMPLATE, f"y = x with its first columns turned by cos and sin; rows shared by the threads. {params}")
     heads, d = params["heads"], params["d"]

@@ -14,7 +14,7 @@ import pytest
 import small_programs as small
 import torch
 
-from qcompile.artifact import Artifact, Buffer, GraphNode, WeightRecord
+from qcompile.artifact import Artifact, Buffer, Extent, GraphNode, WeightRecord
 from qcompile.errors import ArtifactError, ConfigError, ToolchainError
 from qcompile.runtime.cache import build_kernels, cache_folder
 from qcompile.runtime.load import load
@@ -42,6 +42,9 @@ class Builder:
             raise self.fail
         self.built += list(kernels)
         return {name: small.built(spec.template) for name, spec in kernels.items()}
+
+    def extents(self, spec):
+        return lambda dims, threads: [Extent("f32", dims[0]), Extent("f32", dims[0]), Extent("f32", dims[0], True)]
 
 
 @pytest.fixture
