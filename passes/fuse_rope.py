@@ -17,7 +17,9 @@ mul = aten.mul.Tensor
 VIEWS = frozenset({aten.unsqueeze.default, aten.slice.Tensor})
 
 
-def _rotated(x: Any, cos: Any, sin: Any, at: Any, dim1: Any, end1: Any, dim2: Any, start2: Any, end2: Any, cat: Any) -> Any:
+def _rotated(
+    x: Any, cos: Any, sin: Any, at: Any, dim1: Any, end1: Any, dim2: Any, start2: Any, end2: Any, cat: Any
+) -> Any:
     turned = aten.cat.default(
         [aten.neg.default(aten.slice.Tensor(x, dim2, start2, end2)), aten.slice.Tensor(x, dim1, 0, end1)], cat
     )

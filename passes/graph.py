@@ -25,7 +25,9 @@ def arguments(node: Node) -> dict[str, Any]:
     """Every argument of a node that calls an operator, by its schema name, defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given[a.name] if a.name in given else a.default_value if a.has_default_value() else None for a in schema}
+    return {
+        a.name: given[a.name] if a.name in given else a.default_value if a.has_default_value() else None for a in schema
+    }
 
 
 def args_of(node: Node) -> tuple[Any, ...]:

@@ -104,7 +104,9 @@ class MergeLinears(Pass):
         paths = [owners(program, m.stored) for m in group]
         joined = ctx.backend.join(weights)
         if len(joined) == 1:
-            name = self._name(program, [p[0] if p else m.stored[0].meta["tensor"] for p, m in zip(paths, group, strict=True)])
+            name = self._name(
+                program, [p[0] if p else m.stored[0].meta["tensor"] for p, m in zip(paths, group, strict=True)]
+            )
             stored = self._store(program, joined[0], name)
             row = 0
             for member, modules in zip(group, paths, strict=True):
@@ -119,8 +121,12 @@ class MergeLinears(Pass):
             Part(part.format.to_json(), part.N, len(part.format.stored(part.N, part.K))) for part in joined
         )  # fmt: skip
         bias = self._bias(program, group)
-        spec = LinearSpec(group[0].spec.k, parts, bias is not None, None, (), group[0].spec.accuracy, group[0].spec.act_group)
-        whole = replace(group[0], stored=tuple(stored), extras=(bias,) if bias else (), spec=spec).written(first, self.name)
+        spec = LinearSpec(
+            group[0].spec.k, parts, bias is not None, None, (), group[0].spec.accuracy, group[0].spec.act_group
+        )
+        whole = replace(group[0], stored=tuple(stored), extras=(bias,) if bias else (), spec=spec).written(
+            first, self.name
+        )
         infer(program, [whole])
         self._slice(group, whole)
         if len(joined) == 1:

@@ -191,7 +191,9 @@ def _slices(program: Program) -> int:
         if not is_call(node, *splits) or any(user.target is not operator.getitem for user in node.users):
             continue
         source, dim = node.args[0], arguments(node)["dim"] % node.args[0].meta["val"].dim()
-        lengths: list[Any] = [None if node.target is aten.unbind.int else piece.shape[dim] for piece in node.meta["val"]]
+        lengths: list[Any] = [
+            None if node.target is aten.unbind.int else piece.shape[dim] for piece in node.meta["val"]
+        ]
         if not all(isinstance(length, int) or length is None for length in lengths):
             continue
         for user in list(node.users):

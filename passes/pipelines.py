@@ -53,7 +53,14 @@ FULL: tuple[str, ...] = (
     "account-for-weights",
 )
 
-CHECKED: tuple[str, ...] = ("normalise", "quantize", "read-parameters", "add-kv-cache", "drop-dead-code", "account-for-weights")
+CHECKED: tuple[str, ...] = (
+    "normalise",
+    "quantize",
+    "read-parameters",
+    "add-kv-cache",
+    "drop-dead-code",
+    "account-for-weights",
+)
 """The shortest pipeline that gives a model that runs: nothing is fused, every operator is as the model wrote it."""
 
 _ITEM = re.compile(r"\s*([a-z][a-z-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
@@ -94,7 +101,9 @@ def _options(name: str, text: str) -> dict[str, int]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         option, _, value = (part.strip() for part in item.partition("="))
         if not re.fullmatch(r"-?\d+", value):
-            raise ConfigError(f"an option of the pass '{name}' is no whole number", found=repr(item), expected="option=number")
+            raise ConfigError(
+                f"an option of the pass '{name}' is no whole number", found=repr(item), expected="option=number"
+            )
         options[option] = int(value)
     return options
 

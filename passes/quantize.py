@@ -148,7 +148,10 @@ class Quantize(Pass):
     ) -> None:
         shared = next((path for path, other in program.weights.items() if other.tensors == record.tensors), "")
         skipped = isinstance(selected, Skip)
-        reasons = (selected.reason if isinstance(selected, Skip) else selected.note, shared and f"stored once, with {shared}")
+        reasons = (
+            selected.reason if isinstance(selected, Skip) else selected.note,
+            shared and f"stored once, with {shared}",
+        )
         bits = format_from_json(record.format).bits_per_weight(record.n, record.k)
         program.weights[module.path] = record
         ctx.report.weight(

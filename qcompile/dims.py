@@ -27,7 +27,9 @@ def _tokens(text: str) -> list[str]:
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
-            raise ArtifactError("not a dimension expression", found=repr(text), expected="integers, names, + - * // % ( )")
+            raise ArtifactError(
+                "not a dimension expression", found=repr(text), expected="integers, names, + - * // % ( )"
+            )
         tokens.append(match.group().strip())
         at = match.end()
     return tokens
@@ -38,7 +40,9 @@ class _Parser:
         self.text, self.sizes, self.tokens, self.at, self.depth = text, sizes, _tokens(text), 0, 0
 
     def fail(self) -> ArtifactError:
-        return ArtifactError("not a dimension expression", found=repr(self.text), expected="integers, names, + - * // % ( )")
+        return ArtifactError(
+            "not a dimension expression", found=repr(self.text), expected="integers, names, + - * // % ( )"
+        )
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""

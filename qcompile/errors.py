@@ -1,13 +1,13 @@
 """Every error qcompile raises on purpose, in one tree.
 
-    QCompileError
-    ├── ConfigError       a quantization config, or an argument of compile(), is wrong
-    ├── CheckpointError   a tensor is missing, left over, or has the wrong shape, dtype or content
-    ├── CaptureError      the model cannot be exported to a graph
-    ├── LoweringError     a node or layer has no kernel on the target (only under strict)
-    ├── ArtifactError     a compiled artifact is damaged, unknown, or not for this machine
-    ├── ToolchainError    a compiler component is missing or failed
-    └── InternalError     qcompile broke one of its own rules: please report it
+QCompileError
+├── ConfigError       a quantization config, or an argument of compile(), is wrong
+├── CheckpointError   a tensor is missing, left over, or has the wrong shape, dtype or content
+├── CaptureError      the model cannot be exported to a graph
+├── LoweringError     a node or layer has no kernel on the target (only under strict)
+├── ArtifactError     a compiled artifact is damaged, unknown, or not for this machine
+├── ToolchainError    a compiler component is missing or failed
+└── InternalError     qcompile broke one of its own rules: please report it
 """
 
 from __future__ import annotations

@@ -74,10 +74,8 @@ def _inline(node: Node, owner: GraphModule, prefix: str, values: dict[Node, Any]
 
 
 def _operator(node: Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = str(node.target)
-    else:
-        name = _SCALAR.get(node.target, str(node.target))  # type: ignore[arg-type]
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    name = str(node.target) if overload else _SCALAR.get(node.target, str(node.target))  # type: ignore[arg-type]
     try:
         operators.reference(name)
     except ArtifactError as error:

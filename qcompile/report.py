@@ -150,7 +150,16 @@ class Report:
         groups: dict[tuple[str, ...], list[WeightRow]] = {}
         for row in self.weights.values():
             pattern = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
-            key = (pattern, row.format, row.layout, f"{row.bits:.2f}", f"{row.n} x {row.k}", row.kernel, row.tier, row.reason)
+            key = (
+                pattern,
+                row.format,
+                row.layout,
+                f"{row.bits:.2f}",
+                f"{row.n} x {row.k}",
+                row.kernel,
+                row.tier,
+                row.reason,
+            )
             groups.setdefault(key, []).append(row)
         table = Table("weight", "count", "shape", "format", "layout", "bits", "MB", "kernel", "reason")
         for (pattern, format_, layout, bits, shape, kernel, tier, reason), rows in groups.items():

@@ -42,9 +42,7 @@ def program(module: torch.nn.Module, *examples: torch.Tensor, dynamic: dict[int,
 
 def ops(made: Program) -> list[str]:
     """The graph's operators in order, without the stored tensors."""
-    return [
-        str(node.target).removesuffix(".default") for node in made.graph.graph.nodes if node.op.startswith("call")
-    ]
+    return [str(node.target).removesuffix(".default") for node in made.graph.graph.nodes if node.op.startswith("call")]
 
 
 def run(made: Program, *inputs: torch.Tensor) -> torch.Tensor:

@@ -366,5 +366,7 @@ _MEANINGS: dict[str, Read] = {
     "ones_like": _full(None, 1.0), "new_zeros": _full(None), "new_ones": _full(None, 1.0), "new_full": _full(2),
     "scalar_tensor": _full(0), "arange": _arange,
 }  # fmt: skip
-READ: dict[str, Read] = {f"aten.{name}": read for name, read in _MEANINGS.items()} | {"prims.convert_element_type": _value}
+READ: dict[str, Read] = {f"aten.{name}": read for name, read in _MEANINGS.items()} | {
+    "prims.convert_element_type": _value
+}
 """Operator -> what it means in the operations of scalar_ops.OPS, "to", "full" and "index"."""

@@ -135,4 +135,3 @@ def _within(t: Text, value: Value, target: str) -> Value:
     low, high = (-(2.0**63), 2.0**63 - 2.0**39) if target == "i64" else (-(2.0**31), 2.0**31 - 2.0**7)
     value = t.select(value.compare("uno", 0.0), 0.0, value)
     return t.select(value < low, low, t.select(value > high, high, value))
-

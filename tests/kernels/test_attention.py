@@ -60,7 +60,9 @@ MASKS = {
     "padding": lambda b, h, s, t: values(b, 1, 1, t) > -1.0,
     "bool": lambda b, h, s, t: (values(b, h, s, t) > -0.5) | (torch.arange(t) == 0),
     "additive": lambda b, h, s, t: values(b, 1, s, t) * 3,
-    "additive with minus infinity": lambda b, h, s, t: torch.where(values(1, h, s, t) > 1.0, -math.inf, values(1, h, s, t)),
+    "additive with minus infinity": lambda b, h, s, t: torch.where(
+        values(1, h, s, t) > 1.0, -math.inf, values(1, h, s, t)
+    ),
     "lowest": lambda b, h, s, t: torch.where(values(b, 1, 1, t) > 0.0, torch.finfo(torch.float32).min, 0.0),
     "rows": lambda b, h, s, t: values(s, t),
 }
@@ -122,7 +124,9 @@ def _cached(names: list[str], window: int, softcap: float) -> Callable[..., torc
         )
 
     if names == ["cos", "sin"]:
-        return lambda q, k, v, k_cache, v_cache, past, start, cos, sin: call(q, k, v, k_cache, v_cache, past, start, cos, sin)
+        return lambda q, k, v, k_cache, v_cache, past, start, cos, sin: call(
+            q, k, v, k_cache, v_cache, past, start, cos, sin
+        )
     if names == ["sinks"]:
         return lambda q, k, v, k_cache, v_cache, past, start, sinks: call(
             q, k, v, k_cache, v_cache, past, start, sinks=sinks
@@ -131,7 +135,9 @@ def _cached(names: list[str], window: int, softcap: float) -> Callable[..., torc
 
 
 @pytest.mark.parametrize("case", CACHED, ids=str)
-@pytest.mark.parametrize(("s", "past"), [(1, 0), (1, 5), (1, 63), (1, 64), (1, 199), (2, 0), (7, 60), (33, 0), (33, 90)])
+@pytest.mark.parametrize(
+    ("s", "past"), [(1, 0), (1, 5), (1, 63), (1, 64), (1, 199), (2, 0), (7, 60), (33, 0), (33, 90)]
+)
 def test_cached_attention(case: tuple[Any, ...], s: int, past: int) -> None:
     (b, h, kv, d, dv), window, softcap, sinks, width = case
     capacity = 200
@@ -173,7 +179,13 @@ def test_compiles_everywhere_without_calls(level: str) -> None:
     what = Attention(3, 3, 64, 64, 16, 0.125, window=9, softcap=2.0, mask="bool", sinks="f32", k="f16", v="bf16")
     split = Attention(3, 3, 64, 64, 1, 0.125, cached=True, rope=64, split=64)
     combine = {"heads": 9, "dv": 64, "split": 64, "sinks": "", "y": "f32"}
-    write = {"heads": 3, "d": 64, "dv": 64, "width": 64, **dict.fromkeys(("k", "v", "turn", "k_cache", "v_cache"), "f32")}
+    write = {
+        "heads": 3,
+        "d": 64,
+        "dv": 64,
+        "width": 64,
+        **dict.fromkeys(("k", "v", "turn", "k_cache", "v_cache"), "f32"),
+    }
     for text in (
         attention_kernel.emit(asdict(what), target), attention_kernel.emit(asdict(split), target),
         attention_combine.emit(combine, target), cache_write.emit(write, target),

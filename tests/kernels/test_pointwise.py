@@ -17,7 +17,9 @@ from qcompile.passes.form_regions import FormRegions
 from qcompile.target import CPU_LEVELS, native
 
 functional = torch.nn.functional
-SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, 2.5, -2.5, 1e-30, 1e30, -7.25, 88.0, -88.0, math.inf, -math.inf, math.nan])
+SPECIAL = torch.tensor(
+    [0.0, -0.0, 1.0, -1.0, 0.5, 2.5, -2.5, 1e-30, 1e30, -7.25, 88.0, -88.0, math.inf, -math.inf, math.nan]
+)
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -61,7 +63,9 @@ BINARY = {
 
 
 @pytest.mark.parametrize("name", BINARY)
-@pytest.mark.parametrize("shapes", [((3, 7, 33), (33,)), ((5, 1, 6), (4, 1)), ((2, 3, 16), (2, 1, 1)), ((1,), (1,)), ((), (19,))])
+@pytest.mark.parametrize(
+    "shapes", [((3, 7, 33), (33,)), ((5, 1, 6), (4, 1)), ((2, 3, 16), (2, 1, 1)), ((1,), (1,)), ((), (19,))]
+)
 def test_binary_with_broadcasting(name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     x, y = (values(*shape, seed=i) for i, shape in enumerate(shapes))
     agrees(BINARY[name], x, y, rtol=2e-5 if name == "pow" else 2e-6)

@@ -68,7 +68,9 @@ def test_a_gather_in_another_order_stays() -> None:
 
 def test_attention_under_a_mask_of_all_true_has_none() -> None:
     x = torch.randn(2, 5, 8)
-    made = program(Call(lambda x: functional.scaled_dot_product_attention(x, x, x, torch.ones(5, 5, dtype=torch.bool))), x)
+    made = program(
+        Call(lambda x: functional.scaled_dot_product_attention(x, x, x, torch.ones(5, 5, dtype=torch.bool))), x
+    )
     same(made, [SimplifyMasks(), DropDeadCode()], [x])
     assert ops(made) == ["aten.scaled_dot_product_attention"]
 

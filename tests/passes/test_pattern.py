@@ -11,7 +11,9 @@ from qcompile.passes.pattern import Pattern, rewrite
 
 aten = torch.ops.aten
 X = torch.randn(4, 4)
-SILU = Pattern("silu", lambda x: aten.mul.Tensor(x, aten.sigmoid.default(x)), aten.silu.default, key=aten.sigmoid.default)
+SILU = Pattern(
+    "silu", lambda x: aten.mul.Tensor(x, aten.sigmoid.default(x)), aten.silu.default, key=aten.sigmoid.default
+)
 
 
 def rewritten(function, pattern=SILU, **context):

@@ -62,7 +62,9 @@ def test_graphs_are_kept_where_asked_and_shown_when_changed() -> None:
     made, shown = program(SQUARES, X), []
     names = ("normalise", "share-subexpressions", "fuse-activation")
     ctx = Context(
-        made.report, keep=frozenset({"normalise", "fuse-activation"}), show=lambda name, text: shown.append((name, text))
+        made.report,
+        keep=frozenset({"normalise", "fuse-activation"}),
+        show=lambda name, text: shown.append((name, text)),
     )
     apply(made, *pipeline(names), ctx=ctx)
     assert list(ctx.snapshots) == ["normalise", "fuse-activation"]

@@ -30,7 +30,9 @@ def model(kind: str, **more):
     elif kind == "bert":
         made = transformers.BertModel(transformers.BertConfig(vocab_size=96, max_position_embeddings=64, **WIDTHS))
     elif kind == "vit":
-        made = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, num_labels=5, **WIDTHS))
+        made = transformers.ViTForImageClassification(
+            transformers.ViTConfig(image_size=32, patch_size=8, num_labels=5, **WIDTHS)
+        )
     else:
         more |= {"vocab_size": 96, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
         config = getattr(transformers, f"{kind}Config")(**WIDTHS, **more)
@@ -103,7 +105,11 @@ def test_an_encoder_after_every_pass() -> None:
     float_model = model("bert")
     made = capture(float_model)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-    inputs = {"input_ids": torch.randint(1, 96, (2, 7)), "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
+    inputs = {
+        "input_ids": torch.randint(1, 96, (2, 7)),
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(mask),
+    }
     with torch.no_grad():
         expected = float_model(**inputs).last_hidden_state
 
@@ -152,8 +158,10 @@ def test_the_text_and_the_graph_of_a_program() -> None:
     made = capture(model("Llama"))
     through(made, lambda name: None)
     text = show(made)
-    assert "def forward(input_ids: i64[b, s], position_ids: i64[b, s], keep: i64[t], past: i64[1], start: i64[b]," in text
-    assert '"rms_norm -> lanes-dense(dtype=\'f32\')[256, 64] -> glu(silu)")  # f32[b, s, 128]' in text
+    assert (
+        "def forward(input_ids: i64[b, s], position_ids: i64[b, s], keep: i64[t], past: i64[1], start: i64[b]," in text
+    )
+    assert "\"rms_norm -> lanes-dense(dtype='f32')[256, 64] -> glu(silu)\")  # f32[b, s, 128]" in text
     assert "def region_0(" in text and "aten.cos" in text
     flow = to_networkx(made)
     assert flow.nodes["input_ids"]["type"] == "i64[b, s]" and flow.number_of_nodes() == len(made.graph.graph.nodes)
