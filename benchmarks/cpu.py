@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ def bytes_of(n: int, k: int) -> int:
     return n * k // 2 + n * k // layers.GROUP * 4
 
 
-def layer_tables(seconds: float, bandwidth: float) -> list[dict[str, Any]]:
+def layer_tables(
+    seconds: float, bandwidth: float, shapes: Sequence[tuple[int, int]], row_counts: Sequence[int]
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for accuracy in layers.CONTENDERS:
-        for n, k in layers.SHAPES:
-            for m in layers.ROWS:
+        for n, k in shapes:
+            for m in row_counts:
                 times = layers.time_shape(n, k, m, accuracy, seconds)
                 own = times[f"qcompile {accuracy}"]
                 for name, value in times.items():
@@ -45,10 +48,19 @@ def layer_tables(seconds: float, bandwidth: float) -> list[dict[str, Any]]:
     return rows
 
 
+def shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    return int(n), int(k)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", action="store_true", help="single layers only")
     parser.add_argument("--models", action="store_true", help="SmolLM2 only")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, default=layers.SHAPES, help="layers N x K, such as 4096x4096"
+    )
+    parser.add_argument("--rows", nargs="+", type=int, default=layers.ROWS, help="rows of x")
     parser.add_argument("--threads", type=int, help="processors that everybody may use; all of them without it")
     parser.add_argument("--seconds", type=float, default=6.0, help="about how long each comparison may take")
     parser.add_argument("--write", action="store_true", help=f"write the figures to {RESULTS.name}/cpu.json")
@@ -60,15 +72,18 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine.describe()}
     print(json.dumps(result["machine"], indent=1))
     if options.layers or not options.models:
-        result["layers"] = layer_tables(options.seconds, result["machine"]["read_gb_s"])
+        bandwidth = result["machine"]["read_gb_s"]
+        result["layers"] = layer_tables(options.seconds, bandwidth, options.shapes, options.rows)
     if options.models or not options.layers:
         with tempfile.TemporaryDirectory() as folder:
             result["smollm2"] = smollm2.time_models(Path(folder), options.seconds)
         for name, row in result["smollm2"].items():
             print(f"{name:28}" + "  ".join(f"{key} {value:9.2f}" for key, value in row.items()))
     if options.write:
+        path = RESULTS / "cpu.json"
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

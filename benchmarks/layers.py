@@ -211,8 +211,11 @@ CONTENDERS: dict[str, dict[str, Maker]] = {
 
 
 def copies(n: int, k: int, rows: int) -> int:
-    """How many weights to rotate over: 256 MB of int4 where memory decides (few rows), else two."""
-    return min(48, max(2, 256_000_000 // (n * k // 2))) if rows <= 16 else 2
+    """How many weights to rotate over: 128 MB of int4 where memory decides (few rows), else two.
+
+    Contenders take turns, so each finds the caches full of the others' weights.
+    """
+    return min(48, max(2, 128_000_000 // (n * k // 2))) if rows <= 16 else 2
 
 
 def time_shape(n: int, k: int, rows: int, accuracy: str, seconds: float) -> dict[str, float]:
