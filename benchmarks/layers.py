@@ -6,7 +6,7 @@ All hold the same 4-bit codes and scales (torch: the same weights, dequantized),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,7 +47,8 @@ class Weights:
 
 
 Layer = Callable[[torch.Tensor], Any]
-Maker = Callable[[Weights], Layer]
+Runs = Callable[[torch.Tensor], Sequence[Any]]  # every layer once, on the same rows
+Maker = Callable[[Sequence[Weights]], Runs]
 
 
 def torch_float32(weights: Weights) -> Layer:
@@ -60,61 +61,80 @@ def torch_bfloat16(weights: Weights) -> Layer:
     return lambda x: nn.functional.linear(x.bfloat16(), dense)
 
 
+def each(make: Callable[[Weights], Layer]) -> Maker:
+    """Layers that are called from Python one after another."""
+
+    def make_all(weights: Sequence[Weights]) -> Runs:
+        layers = [make(item) for item in weights]
+        return lambda x: [layer(x) for layer in layers]
+
+    return make_all
+
+
 def onnxruntime(level: int) -> Maker:
-    def make(weights: Weights) -> Layer:
+    def make(weights: Sequence[Weights]) -> Runs:
         import onnxruntime as ort
         from onnx import TensorProto, helper, numpy_helper
 
-        n, k = weights.codes.shape
-        packed = (weights.codes[:, ::2] | (weights.codes[:, 1::2] << 4)).reshape(n, k // GROUP, GROUP // 2)
-        node = helper.make_node(
-            "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft",
-            K=k, N=n, bits=4, block_size=GROUP, accuracy_level=level,
-        )  # fmt: skip
-        graph = helper.make_graph(
-            [node], "layer",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
-            [numpy_helper.from_array(packed.numpy(), "w"), numpy_helper.from_array(weights.scales.numpy(), "s")],
-        )  # fmt: skip
+        n, k = weights[0].codes.shape
+        nodes, stored = [], []
+        for i, item in enumerate(weights):
+            packed = (item.codes[:, ::2] | (item.codes[:, 1::2] << 4)).reshape(n, k // GROUP, GROUP // 2)
+            stored += [
+                numpy_helper.from_array(packed.numpy(), f"w{i}"),
+                numpy_helper.from_array(item.scales.numpy(), f"s{i}"),
+            ]
+            nodes.append(helper.make_node(
+                "MatMulNBits", ["x", f"w{i}", f"s{i}"], [f"y{i}"], domain="com.microsoft",
+                K=k, N=n, bits=4, block_size=GROUP, accuracy_level=level,
+            ))  # fmt: skip
+        results = [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, ["m", n]) for node in nodes]
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])
+        graph = helper.make_graph(nodes, "layers", [x], results, stored)
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        return lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})]
 
     return make
 
 
 def openvino(activations: str) -> Maker:
-    def make(weights: Weights) -> Layer:
+    def make(weights: Sequence[Weights]) -> Runs:
         import numpy as np
         import openvino as ov
         from openvino import opset13 as ops
 
-        n, k = weights.codes.shape
-        x = ops.parameter([-1, k], np.float32, name="x")
-        packed = weights.codes.reshape(n, k // GROUP, GROUP).numpy()
-        codes = ops.convert(ops.constant(packed, dtype=ov.Type.u4), np.float16)
-        zero = ops.convert(ops.constant(np.array([[[8]]], np.uint8), dtype=ov.Type.u4), np.float16)
-        scales = ops.constant(weights.scales.reshape(n, k // GROUP, 1).half().numpy())
-        dense = ops.reshape(ops.multiply(ops.subtract(codes, zero), scales), [n, k], False)
-        y = ops.matmul(x, ops.convert(dense, np.float32), False, True)
+        n, k = weights[0].codes.shape
+        x, results = ops.parameter([-1, k], np.float32, name="x"), []
+        for item in weights:
+            packed = item.codes.reshape(n, k // GROUP, GROUP).numpy()
+            codes = ops.convert(ops.constant(packed, dtype=ov.Type.u4), np.float16)
+            zero = ops.convert(ops.constant(np.array([[[8]]], np.uint8), dtype=ov.Type.u4), np.float16)
+            scales = ops.constant(item.scales.reshape(n, k // GROUP, 1).half().numpy())
+            dense = ops.reshape(ops.multiply(ops.subtract(codes, zero), scales), [n, k], False)
+            results.append(ops.matmul(x, ops.convert(dense, np.float32), False, True))
         group = GROUP if activations == "int8" else 0
         options = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
         }
-        request = ov.Core().compile_model(ov.Model([y], [x]), "CPU", options).create_infer_request()
-        return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
+        request = ov.Core().compile_model(ov.Model(results, [x]), "CPU", options).create_infer_request()
+
+        def run(x: torch.Tensor) -> list[torch.Tensor]:
+            found = request.infer([x.numpy()], share_inputs=True)
+            return [torch.from_numpy(found[i]) for i in range(len(results))]
+
+        return run
 
     return make
 
 
-def ark(compute: str) -> Maker:
+def ark(compute: str) -> Callable[[Weights], Layer]:
     def make(weights: Weights) -> Layer:
         import auto_round_kernel
 
@@ -196,16 +216,16 @@ def ours(n: int, k: int, count: int, accuracy: Any) -> Callable[[torch.Tensor], 
 
 CONTENDERS: dict[str, dict[str, Maker]] = {
     "exact": {
-        "torch float32": torch_float32,
-        "torch bfloat16": torch_bfloat16,
+        "torch float32": each(torch_float32),
+        "torch bfloat16": each(torch_bfloat16),
         "onnxruntime 0": onnxruntime(0),
         "openvino exact": openvino("float"),
-        "ark fp32": ark("fp32"),
+        "ark fp32": each(ark("fp32")),
     },
     "int8": {
         "onnxruntime 4": onnxruntime(4),
         "openvino int8": openvino("int8"),
-        "ark int8": ark("int8"),
+        "ark int8": each(ark("int8")),
     },
 }
 
@@ -221,7 +241,8 @@ def copies(n: int, k: int, rows: int) -> int:
 def time_shape(n: int, k: int, rows: int, accuracy: str, seconds: float) -> dict[str, float]:
     """Median seconds of one y = x @ W.T, [rows, K] by [N, K], for each contender of `accuracy`.
 
-    A turn runs every weight once. A rival is called from Python once a layer, qcompile once a turn.
+    A turn runs every weight once. qcompile, onnxruntime and OpenVINO hold all of them in one model, which is called once a
+    turn; torch and ARK are called from Python once a layer.
     """
     weights = [Weights.random(n, k, seed) for seed in range(copies(n, k, rows))]
     x = torch.randn(rows, k)
@@ -237,7 +258,7 @@ def time_shape(n: int, k: int, rows: int, accuracy: str, seconds: float) -> dict
     check("qcompile", compiled(x)[0], bound)
     work: dict[str, Work] = {f"qcompile {accuracy}": lambda _: compiled(x)}
     for name, make in CONTENDERS[accuracy].items():
-        layers = [make(item) for item in weights]
-        check(name, layers[0](x), bound)
-        work[name] = lambda _, layers=layers: [layer(x) for layer in layers]  # type: ignore[misc]
+        layers = make(weights)
+        check(name, layers(x)[0], bound)
+        work[name] = lambda _, layers=layers: layers(x)  # type: ignore[misc]
     return {name: value / len(weights) for name, value in medians(work, seconds, least=5).items()}
