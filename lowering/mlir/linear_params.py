@@ -101,7 +101,7 @@ def format_problem(format: Format, size: tuple[int, int] | None) -> str:
             format,
             bits=1 <= format.bits <= 8,
             group=1 <= format.group < 2**31,
-            table=format.table is None or 1 <= len(format.table) <= 1 << format.bits,
+            table=format.table is None or 1 <= len(format.table) <= 2 ** min(format.bits, 8),
             zero=not isinstance(format.zero, str) or format.zero in ELEMENTS,
             scale=format.scale in FLOATS,
             offset=format.offset in (None, *FLOATS),
