@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qcompile.errors import ToolchainError
-from qcompile.lowering.mlir.literals import portable
+from qcompile.lowering.mlir import literals
 from qcompile.target import Target
 
 if TYPE_CHECKING:
@@ -30,14 +30,18 @@ _llvm_lock = threading.Lock()  # llvmlite's global context is not for several th
 
 
 def key(text: str, target: Target) -> str:
-    """A name for the object that `text` gives on `target`: a digest of the text, the target and the compilers."""
-    parts = (text, repr(target), PIPELINE, *_versions())
+    """A name for the object that `text` gives on `target`: a digest of the text, the target, the compilers and this code."""
+    parts = (text, repr(target), *_versions())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @functools.cache
 def _versions() -> tuple[str, ...]:
-    return tuple(f"{name} {version(name)}" for name in ("torch-mlir", "llvmlite"))
+    own = (Path(__file__), Path(literals.__file__))
+    return (
+        *(f"{name} {version(name)}" for name in ("torch-mlir", "llvmlite")),
+        *(hashlib.sha256(file.read_bytes()).hexdigest() for file in own),
+    )
 
 
 def compile_module(text: str, target: Target, pipeline: str = PIPELINE) -> bytes:
@@ -52,7 +56,7 @@ def to_llvm(text: str, pipeline: str = PIPELINE) -> str:
         try:
             module = ir.Module.parse(text)
             passmanager.PassManager.parse(pipeline).run(module.operation)
-            return portable(str(dialect.translate_module_to_llvmir(module.operation)))
+            return literals.portable(str(dialect.translate_module_to_llvmir(module.operation)))
         except (ir.MLIRError, ValueError, RuntimeError) as error:
             _fail("MLIR refused a kernel's text", text, ".mlir", error)
 
