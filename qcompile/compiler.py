@@ -131,7 +131,8 @@ def _build(
     from qcompile.lowering.mlir.build import Builder
 
     builder = Builder(progress)
-    return build_kernels(executable.kernels, place.name, builder), Bounds.of(executable.kernels, builder, ours=True)
+    bounds = Bounds.of(executable.kernels, builder, ours=True)
+    return build_kernels(executable.kernels, place.name, builder), bounds
 
 
 def _graph(program: Program, executable: Executable | None) -> Any:

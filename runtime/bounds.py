@@ -25,7 +25,10 @@ class Bounds:
     @staticmethod
     def of(kernels: Mapping[str, KernelSpec], builder: Builder, ours: bool = False) -> Bounds:
         """The bounds of `kernels`; ArtifactError for parameters that no kernel can be made from."""
-        return Bounds({name: builder.extents(spec) for name, spec in kernels.items()}, ours)
+        try:
+            return Bounds({name: builder.extents(spec) for name, spec in kernels.items()}, ours)
+        except ArtifactError as error:
+            raise _blame(error, error.where, ours) from error
 
     def check(
         self, step: str, call: Call, dims: tuple[int, ...], threads: int, buffers: Mapping[str, Buffer],
@@ -35,9 +38,8 @@ class Bounds:
         try:
             self._check(call, dims, threads, [buffers[view.buffer].dtype for view in call.args], held)
         except ArtifactError as error:
-            kind = InternalError if self.ours else ArtifactError
             where = f"step {step!r}, kernel {call.kernel!r}" + (f", {error.where}" if error.where else "")
-            raise kind(error.summary, where=where, found=error.found, expected=error.expected) from None
+            raise _blame(error, where, self.ours) from error
 
     def _check(
         self, call: Call, dims: tuple[int, ...], threads: int, dtypes: Sequence[str], held: Sequence[int]
@@ -58,3 +60,8 @@ class Bounds:
                     "a kernel writes an argument that the call only reads",
                     where=f"argument {index}, {call.args[index].buffer!r}",
                 )
+
+
+def _blame(error: ArtifactError, where: str, ours: bool) -> ArtifactError | InternalError:
+    kind = InternalError if ours else ArtifactError
+    return kind(error.summary, where=where, found=error.found, expected=error.expected)
