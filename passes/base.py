@@ -144,7 +144,7 @@ def drop_unused(program: Program) -> int:
             delattr(program.graph, name)
     named = {node.meta["tensor"] for node in graph.nodes if node.op == "get_attr"}
     for record in program.weights.values():
-        named |= {*record.tensors.values(), *([record.order] if record.order else [])}
+        named |= record.names()
     for name in program.tensors.keys() - named:
         del program.tensors[name]
     return dropped

@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "fuse-dequantize": "qcompile.passes.fuse_dequantize:FuseDequantize",
     "choose-layout": "qcompile.passes.choose_layout:ChooseLayout",
     "share-subexpressions": "qcompile.passes.share_subexpressions:ShareSubexpressions",
+    "decompose": "qcompile.passes.decompose:Decompose",
     "fuse-activation": "qcompile.passes.fuse_activation:FuseActivation",
     "fuse-rope": "qcompile.passes.fuse_rope:FuseRope",
     "fuse-norm": "qcompile.passes.fuse_norm:FuseNorm",
@@ -39,6 +40,7 @@ FULL: tuple[str, ...] = (
     "fuse-dequantize",
     "choose-layout",  # before merging: only layouts tell which weights can lie side by side
     "share-subexpressions",  # so that equal inputs of linears are one node, which merging looks for
+    "decompose",  # after equal transforms are one, before pointwise chains are looked for
     "fuse-activation",  # before constants fold and epilogues look for activations
     "fuse-norm",  # before constants fold: 1 + weight is an offset of the norm
     "fuse-rope",

@@ -9,16 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
+from qcompile.artifact import TransformRecord, WeightRecord
 from qcompile.dtypes import NAMES
-from qcompile.errors import CheckpointError
+from qcompile.errors import CheckpointError, InternalError
 from qcompile.evaluate import dequantize
 from qcompile.format import Packed, format_class, format_from_json
 from qcompile.formats.dense import Dense
 from qcompile.methods.base import Quantized, Skip
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import args_of, arguments, call, is_call, substitute, tensor_node, unused_name
-from qcompile.program import Module, Program, WeightRecord
+from qcompile.program import Module, Program
 from qcompile.report import WeightRow
+from qcompile.transform import Applied
 
 aten, qc = torch.ops.aten, torch.ops.qcompile
 
@@ -69,7 +71,25 @@ def _unowned(node: Node, name: str, kind: Any) -> Module:
     return Module(name.removesuffix(".weight"), kind, n, k, name)
 
 
-_Placed = tuple[WeightRecord, list[Node]]
+@dataclass(frozen=True)
+class _Around:
+    """A transform in the graph: its JSON and the nodes of its stored tensors."""
+
+    transform: str
+    stored: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A packed weight whose tensors are in the graph, and what its method does around the matmul."""
+
+    record: WeightRecord
+    stored: list[Node]
+    before: tuple[_Around, ...]
+    after: tuple[_Around, ...]
+    residual: _Around | None
+    bias: Node | None
+    around: str
 
 
 @dataclass
@@ -96,7 +116,7 @@ class _Weights:
         if key not in self.placed:
             packed = self._pack(module, selected)
             packed.check(module.path)
-            self.placed[key] = _store(self.program, module, packed)
+            self.placed[key] = _place(self.program, module, packed)
         return self.placed[key]
 
     def _pack(self, module: Module, selected: Quantized | Skip) -> Packed:
@@ -136,16 +156,17 @@ class Quantize(Pass):
             path = site.module.path
             ctx.working(self.name, path)
             selected = weights.decide(site.module)
-            record, stored = weights.place(site.module, selected)
-            self._replace(site, record, stored)
+            placed = weights.place(site.module, selected)
+            self._replace(site, placed)
             count += 1
             if path not in program.weights:
-                self._record(program, ctx, site.module, selected, record)
+                self._record(program, ctx, site.module, selected, placed)
         return count
 
     def _record(
-        self, program: Program, ctx: Context, module: Module, selected: Quantized | Skip, record: WeightRecord
+        self, program: Program, ctx: Context, module: Module, selected: Quantized | Skip, placed: _Placed
     ) -> None:
+        record = placed.record
         shared = next((path for path, other in program.weights.items() if other.tensors == record.tensors), "")
         skipped = isinstance(selected, Skip)
         reasons = (
@@ -165,19 +186,30 @@ class Quantize(Pass):
                 bits,
                 0 if shared else round(bits * record.n * record.k / 8),
                 reason="; ".join(filter(None, reasons)),
+                around=placed.around,
             )
         )
 
-    def _replace(self, site: _Site, record: WeightRecord, stored: list[Node]) -> None:
-        node, text = site.node, json.dumps(record.format)
+    def _replace(self, site: _Site, placed: _Placed) -> None:
+        node, record = site.node, placed.record
+        weight = (placed.stored, json.dumps(record.format), record.n, record.k)
         if is_call(node, aten.embedding.default):
-            made = call(node, qc.embedding.default, (node.args[1], stored, text, record.n, record.k), self.name)
+            made = call(node, qc.embedding.default, (node.args[1], *weight), self.name)
         else:
             x, bias = arguments(node)["input"], arguments(node)["bias"]
-            weight = call(node, qc.dequantize.default, (stored, text, record.n, record.k), self.name)
-            made = call(node, aten.linear.default, (x, weight, bias), self.name)
+            for each in placed.before:
+                x = self._transform(node, x, each)
+            dense = call(node, qc.dequantize.default, weight, self.name)
+            made = call(node, aten.linear.default, (x, dense, bias if placed.bias is None else placed.bias), self.name)
+            if placed.residual is not None:
+                made = call(node, aten.add.Tensor, (made, self._transform(node, x, placed.residual)), self.name)
+            for each in placed.after:
+                made = self._transform(node, made, each)
         made.meta["module"] = site.module.path
         substitute(node, made)
+
+    def _transform(self, node: Node, x: Any, each: _Around) -> Node:
+        return call(node, qc.transform.default, (x, list(each.stored), each.transform), self.name)
 
 
 def _blocks(program: Program, module: Module) -> Packed | None:
@@ -219,11 +251,61 @@ def _dense(program: Program, module: Module) -> Packed:
     return Packed(Dense(NAMES[weight.dtype]), {"weight": weight.contiguous()}, module.n, module.k)
 
 
-def _store(program: Program, module: Module, packed: Packed) -> tuple[WeightRecord, list[Node]]:
-    names = {}
-    for stored in packed.format.stored(packed.N, packed.K):
-        whole = len(packed.tensors) == 1 and stored.name == "weight"
-        names[stored.name] = name = unused_name(program, f"{module.path}.{'packed' if whole else stored.name}")
-        program.tensors[name] = packed.tensors[stored.name]
-    nodes = [tensor_node(program, name) for name in names.values()]
-    return WeightRecord(packed.format.to_json(), names, packed.N, packed.K, 0, module.n), nodes
+def _place(program: Program, module: Module, packed: Packed) -> _Placed:
+    """Stores the tensors of a packed weight, and of the transforms around it, under names of the module."""
+    if module.kind == "Embedding" and (packed.before or packed.after or packed.residual is not None):
+        raise InternalError("a method transforms the input of an embedding", where=module.path)
+    whole = len(packed.tensors) == 1 and "weight" in packed.tensors
+    stored = [s.name for s in packed.format.stored(packed.N, packed.K)]
+    names = {
+        name: _keep(program, module, "packed" if whole else name, packed.tensors[name]) for name in stored
+    }  # fmt: skip
+    before = [_around(program, module, each) for each in packed.before]
+    residual = None if packed.residual is None else _around(program, module, packed.residual)
+    bias = None if packed.bias is None else _keep(program, module, "bias", packed.bias)
+    record = WeightRecord(
+        packed.format.to_json(), names, packed.N, packed.K, 0, module.n, before=tuple(before), residual=residual
+    )
+    after = [_around(program, module, each) for each in packed.after]
+    said = [each.transform.summary() for each in packed.before]
+    said += [f"+ {packed.residual.transform.summary()}"] if packed.residual is not None else []
+    said += [f"output {each.transform.summary()}" for each in packed.after]
+    return _Placed(
+        record,
+        [tensor_node(program, name) for name in names.values()],
+        tuple(_nodes(program, each) for each in before),
+        tuple(_nodes(program, each) for each in after),
+        None if residual is None else _nodes(program, residual),
+        None if bias is None else tensor_node(program, bias),
+        ", ".join(said),
+    )
+
+
+def _keep(program: Program, module: Module, name: str, tensor: torch.Tensor) -> str:
+    """The name under which a tensor of the module is stored now."""
+    name = unused_name(program, f"{module.path}.{name}")
+    program.tensors[name] = tensor
+    return name
+
+
+def _around(program: Program, module: Module, applied: Applied) -> TransformRecord:
+    names = {name: _shared(program, module, name, tensor) for name, tensor in applied.tensors.items()}
+    return TransformRecord(applied.transform.to_json(), names)
+
+
+def _shared(program: Program, module: Module, name: str, tensor: torch.Tensor) -> str:
+    """The name of a transform's tensor: that of an equal one, so that layers which treat x alike read one node."""
+    for known, other in program.tensors.items():
+        if (
+            known.endswith(f".{name}")
+            and other.dtype == tensor.dtype
+            and not other.is_meta
+            and torch.equal(other, tensor)
+        ):
+            return known
+    return _keep(program, module, name, tensor)
+
+
+def _nodes(program: Program, record: TransformRecord) -> _Around:
+    stored = tuple(tensor_node(program, name) for name in record.tensors.values())
+    return _Around(json.dumps(record.transform), stored)

@@ -154,12 +154,21 @@ class Built:
 
 
 @dataclass(frozen=True)
+class TransformRecord:
+    """A transform (its JSON) and where its stored tensors lie (stored name -> name of a tensor)."""
+
+    transform: dict[str, Any]
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class WeightRecord:
     """Where the weight of a module lies now, and the way back to its value.
 
     The packed weight [n, k] in `format` (its JSON) is held by `tensors` (stored name -> name of a tensor); the module's
     own weight is its `rows` rows from `row` on. `order`, if any, names the i64 [k] tensor that says which input of the
-    module each packed column is: module_weight[:, order[i]] = packed[:, i].
+    module each packed column is: module_weight[:, order[i]] = packed[:, i]. `before` is what happens to x, in order,
+    before it meets that weight, and `residual` the part of the weight that the format does not hold.
     """
 
     format: dict[str, Any]
@@ -169,6 +178,14 @@ class WeightRecord:
     row: int
     rows: int
     order: str | None = None
+    before: tuple[TransformRecord, ...] = ()
+    residual: TransformRecord | None = None
+
+    def names(self) -> set[str]:
+        """Every tensor that the record names."""
+        around = (*self.before, *([self.residual] if self.residual is not None else []))
+        order = {self.order} if self.order is not None else set()
+        return {*self.tensors.values(), *(name for each in around for name in each.tensors.values())} | order
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 import types
-import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcompile.described import Described, class_of, from_json
 from qcompile.dtypes import DTYPES, NAMES, itemsize
-from qcompile.errors import ArtifactError, CheckpointError, InternalError, near
-from qcompile.expr import Expr, Operand, field, load
+from qcompile.errors import CheckpointError, InternalError
+from qcompile.expr import Expr, Operand, load
+from qcompile.expr import field as named
+
+if TYPE_CHECKING:
+    from qcompile.transform import Applied
 
 FORMATS: dict[str, str] = {
     "gptq": "qcompile.formats.gptq:Gptq",
@@ -73,14 +75,11 @@ class Names(types.SimpleNamespace):
         return getattr(self, name, None)
 
 
-class Format(ABC):
+class Format(Described, ABC):
     """A way to store a weight W [N, K] (N outputs, K inputs): a frozen dataclass whose fields are its parameters.
 
     A format says three things: `stored`, `fields` and `value`; reading, packing, conversion, kernels and sizes follow.
-    Parameters are ints, floats, bools, strings, None and tuples of them, so a format is JSON.
     """
-
-    kind: ClassVar[str]
 
     @abstractmethod
     def stored(self, N: int, K: int) -> tuple[Stored, ...]:
@@ -113,7 +112,7 @@ class Format(ABC):
     def located(self, N: int, K: int) -> dict[str, Expr]:
         """`fields` with the stored tensors bound, each wrapped in a `field` node of its name."""
         t = Names(**{s.name: s for s in self.stored(N, K)})
-        return {name: field(name, expr) for name, expr in self.fields(t, N, K).items()}
+        return {name: named(name, expr) for name, expr in self.fields(t, N, K).items()}
 
     def weight(self, N: int, K: int) -> Expr:
         """W[n, k] as one f32 expression over the stored tensors."""
@@ -122,21 +121,10 @@ class Format(ABC):
             raise InternalError(f"format '{self.kind}' has a value that is not f32", found=repr(value))
         return value
 
-    def to_json(self) -> dict[str, Any]:
-        """{"kind": ..., parameter: value}; tuples become lists."""
-        values = {f.name: getattr(self, f.name) for f in fields(typing.cast(Any, self))}
-        return {"kind": self.kind} | {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
 
 def format_class(kind: str) -> type[Format]:
     """The class registered for `kind`; ArtifactError for an unknown one."""
-    if not isinstance(kind, str) or kind not in FORMATS:
-        hint = near(str(kind), FORMATS)
-        raise ArtifactError(f"unknown format{hint}", found=repr(kind), expected=", ".join(FORMATS))
-    module, name = FORMATS[kind].split(":")
-    found: type[Format] = getattr(importlib.import_module(module), name)
-    if found.kind != kind:
-        raise InternalError("the format table names the wrong class", found=f"kind {found.kind!r}", expected=kind)
+    found: type[Format] = class_of("format", FORMATS, kind)
     return found
 
 
@@ -146,48 +134,27 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     >>> format_from_json({"kind": "dense", "dtype": "f16"})
     Dense(dtype='f16')
     """
-    cls = format_class(data.get("kind", ""))
-    hints = _hints(typing.cast(Any, cls))
-    known = {f.name: f for f in fields(typing.cast(Any, cls))}
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if name == "kind":
-            continue
-        if name not in known:
-            hint = near(name, known)
-            raise ArtifactError(f"format '{cls.kind}' has no parameter '{name}'{hint}", expected=", ".join(known))
-        value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, hints[name]):
-            expected = str(known[name].type)
-            raise ArtifactError(f"format '{cls.kind}' has a wrong '{name}'", found=repr(value), expected=expected)
-        values[name] = value
-    return cls(**values)
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint
+    found: Format = from_json("format", FORMATS, data)
+    return found
 
 
 @dataclass
 class Packed:
-    """A weight [N, K] in some format: the stored tensors by name."""
+    """A weight [N, K] in some format, and what happens around the matmul that reads it.
+
+    `tensors` are the stored tensors by name. y = after(linear(before(x), W, bias) + residual(before(x))): `before`
+    and `after` are applied in order, `residual` [..., K] -> [..., N] adds a part of the weight that the format does not
+    hold. `bias` f32 [N] stands for the module's own when a method changes it.
+    """
 
     format: Format
     tensors: dict[str, torch.Tensor]
     N: int
     K: int
+    before: tuple[Applied, ...] = ()
+    after: tuple[Applied, ...] = ()
+    residual: Applied | None = None
+    bias: torch.Tensor | None = None
 
     def check(self, where: str = "") -> None:
         """CheckpointError unless the format can hold [N, K] and each tensor has the dtype and shape it stores."""
@@ -199,21 +166,28 @@ class Packed:
                 expected=problem.expected,
                 remedy=problem.remedy,
             )
-        stored = {s.name: s for s in self.format.stored(self.N, self.K)}
-        if stored.keys() != self.tensors.keys():
+        check_tensors(f"format '{self.format.kind}'", self.format.stored(self.N, self.K), self.tensors, where)
+        for applied in (*self.before, *self.after, *([self.residual] if self.residual is not None else [])):
+            width = self.N if applied in self.after else self.K
+            applied.check(width, where)
+
+
+def check_tensors(what: str, stored: Sequence[Stored], tensors: Mapping[str, torch.Tensor], where: str = "") -> None:
+    """CheckpointError unless `tensors` are those that `what` stores, each with its dtype and shape."""
+    wanted = {s.name: s for s in stored}
+    if wanted.keys() != tensors.keys():
+        raise CheckpointError(
+            f"the stored tensors are not those of {what}",
+            where=where,
+            found=", ".join(sorted(tensors)),
+            expected=", ".join(sorted(wanted)),
+        )
+    for name, s in wanted.items():
+        found = f"{NAMES.get(tensors[name].dtype, str(tensors[name].dtype))} {list(tensors[name].shape)}"
+        if tensors[name].dtype != DTYPES[s.dtype] or tuple(tensors[name].shape) != s.shape:
             raise CheckpointError(
-                f"the stored tensors are not those of format '{self.format.kind}'",
+                f"stored tensor '{name}' has the wrong dtype or shape",
                 where=where,
-                found=", ".join(sorted(self.tensors)),
-                expected=", ".join(sorted(stored)),
+                found=found,
+                expected=f"{s.dtype} {list(s.shape)}",
             )
-        for name, s in stored.items():
-            tensor = self.tensors[name]
-            found = f"{NAMES.get(tensor.dtype, str(tensor.dtype))} {list(tensor.shape)}"
-            if tensor.dtype != DTYPES[s.dtype] or tuple(tensor.shape) != s.shape:
-                raise CheckpointError(
-                    f"stored tensor '{name}' has the wrong dtype or shape",
-                    where=where,
-                    found=found,
-                    expected=f"{s.dtype} {list(s.shape)}",
-                )

@@ -37,7 +37,9 @@ ATEN = frozenset(
     vdot view view_as where zeros zeros_like
     """.split()  # noqa: SIM905  a list of quoted names would fill a page
 )
-QCOMPILE = frozenset({"attention", "cached_attention", "dequantize", "embedding", "linear", "rms_norm", "rope"})
+QCOMPILE = frozenset(
+    {"attention", "cached_attention", "dequantize", "embedding", "linear", "rms_norm", "rope", "transform"}
+)
 MEMORY_FORMATS = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,

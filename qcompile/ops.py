@@ -118,6 +118,30 @@ def _(ids: Tensor, stored: Sequence[Tensor], format: str, n: int, k: int) -> Ten
     return stored[0].new_empty((*ids.shape, k), dtype=torch.float32)
 
 
+@torch.library.custom_op(
+    "qcompile::transform", mutates_args=(), schema="(Tensor x, Tensor[] stored, str transform) -> Tensor"
+)
+def transform(x: Tensor, stored: Sequence[Tensor], transform: str) -> Tensor:
+    """Rows [..., width(K)] from x [..., K], in x's dtype, computed in float32; `transform` is a transform's JSON."""
+    what, tensors = _transform(x, stored, transform)
+    return what.apply(x.float(), tensors).to(x.dtype).contiguous()
+
+
+@transform.register_fake
+def _(x: Tensor, stored: Sequence[Tensor], transform: str) -> Tensor:
+    what, _ = _transform(x, stored, transform)
+    return x.new_empty((*x.shape[:-1], what.width(int(x.shape[-1]))))
+
+
+def _transform(x: Tensor, stored: Sequence[Tensor], text: str) -> tuple[Any, Any]:
+    from qcompile.format import Names
+    from qcompile.transform import transform_from_json
+
+    parsed = transform_from_json(json.loads(text))
+    wanted = parsed.stored(int(x.shape[-1]))
+    return parsed, Names(**{s.name: tensor for s, tensor in zip(wanted, stored, strict=True)})
+
+
 def activation_group(group: int, k: int) -> int:
     """How many of k inputs share a scale when activations are int8 and weights have scales per `group` inputs.
 

@@ -42,7 +42,7 @@ class WeightRow:
     bits a weight in `layout`, scales included, and `bytes` its share of the weights file. `kernel` and `tier` come from
     lowering; the tier is "native" (integer dot products), "lanes" (the layout's own decoding), "generic" (decoding for any
     format), "aten" (no kernel) or "eager" (the reference target). `reason` says why the weight was not quantized, or why
-    its layout or kernel is not the fast one.
+    its layout or kernel is not the fast one. `around` says what happens to the layer's input and output beside the matmul.
     """
 
     path: str
@@ -56,6 +56,7 @@ class WeightRow:
     kernel: str = ""
     tier: str = ""
     reason: str = ""
+    around: str = ""
 
 
 @dataclass(frozen=True)

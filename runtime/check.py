@@ -211,10 +211,14 @@ def _structure(structure: Any, outputs: set[str], depth: int = 0) -> None:
 def _record(path: str, record: WeightRecord, tensors: Mapping[str, torch.Tensor]) -> None:
     """The tensors of a weight are those of its format, and its rows and order lie inside it."""
     from qcompile.format import Packed, format_from_json
+    from qcompile.transform import Applied, transform_from_json
 
     try:
         held = {stored: tensors[name] for stored, name in record.tensors.items()}
         Packed(format_from_json(record.format), held, record.n, record.k).check(path)
+        for transform in (*record.before, *([] if record.residual is None else [record.residual])):
+            held = {stored: tensors[name] for stored, name in transform.tensors.items()}
+            Applied(transform_from_json(transform.transform), held).check(record.k, path)
         if record.order is not None:
             check_indices(record.order, tensors[record.order], record.k)
     except (QCompileError, ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -249,7 +253,7 @@ def check_artifact(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> N
         used |= check_graph(artifact.graph)
         outputs |= set(artifact.graph.outputs)
     for record in artifact.weights.values():
-        used |= {*record.tensors.values(), *([] if record.order is None else [record.order])}
+        used |= record.names()
     for name in sorted(used - tensors.keys()):
         raise _fail("a weight is missing", name, "nothing", "a tensor of the weights file")
     for name in sorted(tensors.keys() - used):

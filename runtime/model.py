@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qcompile.artifact import KernelSpec
+from qcompile.artifact import KernelSpec, TransformRecord
 from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.report import Report
 from qcompile.runtime.bounds import Bounds
@@ -195,22 +195,31 @@ class CompiledModel:
         )
 
     def weight(self, path: str) -> torch.Tensor:
-        """The weight f32 [N, K] of the module at `path`, from the packed tensors by the format's formula."""
+        """The weight f32 [N, K] of the module at `path`, from the packed tensors by the format's formula.
+
+        It is the weight that acts on the module's own input: a permutation, rotation or scale that the compiled model
+        applies to the input instead is undone.
+        """
         from qcompile.evaluate import dequantize
         from qcompile.format import format_from_json
+        from qcompile.transform import Applied, effective_weight, transform_from_json
 
-        records = self.artifact.weights
+        records, tensors = self.artifact.weights, self.contents.tensors
         if path not in records:
             raise ConfigError(f"no module of that name has a weight{near(path, records)}", found=repr(path))
         record = records[path]
-        tensors = {stored: self.contents.tensors[name] for stored, name in record.tensors.items()}
+        packed = {stored: tensors[name] for stored, name in record.tensors.items()}
         rows = torch.arange(record.row, record.row + record.rows)
-        packed = dequantize(format_from_json(record.format), tensors, record.n, record.k, rows)
-        if record.order is None:
-            return packed
-        made = torch.empty_like(packed)
-        made[:, self.contents.tensors[record.order].long()] = packed
-        return made
+        weight = dequantize(format_from_json(record.format), packed, record.n, record.k, rows)
+        if record.order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, tensors[record.order].long(), weight)
+
+        def applied(each: TransformRecord) -> Applied:
+            held = {stored: tensors[name] for stored, name in each.tensors.items()}
+            return Applied(transform_from_json(each.transform), held)
+
+        residual = None if record.residual is None else applied(record.residual)
+        return effective_weight(weight, [applied(each) for each in record.before], residual)
 
     @functools.cached_property
     def report(self) -> Report:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 
 from qcompile.methods import skip, stored
-from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.methods.gptq import GptqConfig
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class AwqConfig(MethodConfig):
         return super().to_dict() | {"version": self.format}
 
 
-class Awq:
+class Awq(Method):
     """quant_method "awq"."""
 
     name = "awq"
@@ -146,9 +146,6 @@ class Awq:
         stored.expect_all(fmt, used, source, module)
         return Quantized(fmt, used)
 
-    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
-        return stored.load(selected.format, selected.names, source, module)
-
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Round to nearest with AWQ's own scale and zero, in float16 as the original computes them."""
         from qcompile.pack import pack
@@ -175,6 +172,3 @@ class Awq:
             fields["offset"], dtypes["offset"] = -(scale * zero), torch.float16
         wide = {name: part.expand_as(groups).reshape(n, k).to(dtypes[name]) for name, part in fields.items()}
         return stored.packed(fmt, pack(fmt, wide, n, k), module)
-
-    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
-        return without_effect(config)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
 from qcompile.errors import ConfigError, near
+from qcompile.methods import stored
 
 if TYPE_CHECKING:
     from qcompile.format import Format, Packed
@@ -116,8 +118,8 @@ class Quantized:
 
     `format` is how its weight is stored (numbers that depend on the weight, such as an offset, may differ in what
     `quantize` makes). `names` maps each stored tensor of the format to the source tensor that holds it; it is empty
-    when the weight is quantized on the fly. `also_claims` are source tensors that only describe the weight. `note` is
-    a line for the report.
+    when the weight is quantized on the fly. `also_claims` are further source tensors that belong to the weight: they
+    describe it, or what happens around the matmul. `note` is a line for the report.
     """
 
     format: Format
@@ -126,20 +128,21 @@ class Quantized:
     note: str = ""
 
 
-class Method(Protocol):
+class Method(ABC):
     """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order.
 
     `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count.
     """
 
-    name: str
-    Config: type[MethodConfig]
-    formats: tuple[str, ...]
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+    formats: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         """True when the source already holds weights that this method quantized."""
-        ...
 
+    @abstractmethod
     def select(
         self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
     ) -> Skip | Quantized:
@@ -148,19 +151,37 @@ class Method(Protocol):
         Raises ConfigError (a pattern that matches nothing, a group that does not divide K) and CheckpointError (a
         tensor that is missing or has the wrong shape or dtype).
         """
-        ...
 
     def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
         """The stored tensors of a module that `select` chose; CheckpointError when a value is not finite."""
-        ...
+        return stored.load(selected.format, selected.names, source, module)
 
+    @abstractmethod
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Quantize a float weight [N, K], from the weight alone."""
-        ...
+
+    def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
+        """The tensors of a quantized module as the method's checkpoints hold them, by their names within the module.
+
+        The bias is not among them unless the method changes it. ConfigError where the method defines no checkpoint.
+        """
+        return dict(packed.tensors)
+
+    def stored_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint that holds `weights` (module path -> what `write` was given)."""
+        return config.to_dict()
+
+    def sidecars(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        """Further JSON files of a checkpoint: file name -> content."""
+        return {}
+
+    def metadata(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, str]:
+        """What the header of the safetensors file says beside the tensors."""
+        return {"format": "pt"}
 
     def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
         """Each field of the config that has no effect here, with what holds instead."""
-        ...
+        return without_effect(config)
 
 
 def without_effect(config: MethodConfig) -> list[tuple[str, str]]:

@@ -14,7 +14,9 @@ from qcompile.errors import CheckpointError
 from qcompile.formats.bitsandbytes import Bnb4, BnbInt8
 from qcompile.formats.tables import entries
 from qcompile.methods import skip, stored
-from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip, without_effect
+from qcompile.transform import Applied
+from qcompile.transforms.llm_int8 import LlmInt8
 
 if TYPE_CHECKING:
     from qcompile.format import Packed
@@ -135,7 +137,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.nan_to_num(torch.round(half * (127.0 / scale)[:, None])).to(torch.int8), scale
 
 
-class Bnb:
+class Bnb(Method):
     """quant_method "bitsandbytes"."""
 
     name = "bitsandbytes"
@@ -235,7 +237,13 @@ class Bnb:
                 tensors[s.name] = tensor.contiguous().view(torch.uint8).reshape(-1, 1)[: s.shape[0]]
             else:
                 tensors[s.name] = stored.finite(tensor, selected.names[s.name], module)
-        return stored.packed(selected.format, tensors, module)
+        return self._whole(cast(BnbConfig, config), stored.packed(selected.format, tensors, module))
+
+    def _whole(self, config: BnbConfig, packed: Packed) -> Packed:
+        """The packed weight with what LLM.int8() does to its input."""
+        if isinstance(packed.format, BnbInt8):
+            packed.before = (Applied(LlmInt8(config.llm_int8_threshold)),)
+        return packed
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """The codes and scales that bitsandbytes' CPU path gives, from the weight in float32 (int8: in float16)."""
@@ -243,7 +251,7 @@ class Bnb:
         weight = stored.usable(weight, module)
         if config.load_in_8bit:
             codes, scale = quantize_rows(weight)
-            return stored.packed(BnbInt8(), {"weight": codes, "SCB": scale}, module)
+            return self._whole(config, stored.packed(BnbInt8(), {"weight": codes, "SCB": scale}, module))
         codes, absmax = nearest(weight.reshape(-1), entries(config.bnb_4bit_quant_type), BLOCK)
         fmt = cast(Bnb4, self._format(config))
         # A padding code stands for zero, as the original's padding with 0.0 does.
@@ -258,9 +266,7 @@ class Bnb:
     def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
         config = cast(BnbConfig, config)
         notes = without_effect(config)
-        if config.load_in_8bit:
-            notes.append(("llm_int8_threshold", "activations stay float: there is no outlier decomposition"))
-        elif config.bnb_4bit_compute_dtype != "float32":
+        if not config.load_in_8bit and config.bnb_4bit_compute_dtype != "float32":
             notes.append(("bnb_4bit_compute_dtype", "weights are unpacked in float32, which is not rounded further"))
         return notes
 

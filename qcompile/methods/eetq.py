@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 
 from qcompile.methods import skip, stored
-from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 
 if TYPE_CHECKING:
     from qcompile.format import Packed
@@ -32,7 +32,7 @@ class EetqConfig(MethodConfig):
         self.require_patterns("modules_to_not_convert")
 
 
-class Eetq:
+class Eetq(Method):
     """quant_method "eetq"."""
 
     name = "eetq"
@@ -76,9 +76,6 @@ class Eetq:
         stored.expect_all(fmt, used, source, module)
         return Quantized(fmt, used)
 
-    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
-        return stored.load(selected.format, selected.names, source, module)
-
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Codes round half away from zero with the unrounded float32 scale absmax / 128, as the original's do.
 
@@ -96,6 +93,3 @@ class Eetq:
         dtype = torch.float16 if fmt.scale == "f16" else torch.float32
         fields = {"code": code + 128, "scale": scale.to(dtype).expand_as(code)}
         return stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
-
-    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
-        return without_effect(config)

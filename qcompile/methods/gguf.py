@@ -13,7 +13,7 @@ from qcompile.evaluate import dequantize
 from qcompile.format import FORMATS, Format, format_class
 from qcompile.formats.dense import Dense
 from qcompile.methods import stored
-from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 
 if TYPE_CHECKING:
     from qcompile.format import Packed
@@ -37,7 +37,7 @@ class GgufConfig(MethodConfig):
         self.require_bools("dequantize")
 
 
-class Gguf:
+class Gguf(Method):
     """quant_method "gguf"."""
 
     name = "gguf"
@@ -90,6 +90,3 @@ class Gguf:
             expected="a .gguf file as the model",
             remedy="quantize with llama.cpp first, or choose bitsandbytes, hqq or eetq",
         )
-
-    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
-        return without_effect(config)

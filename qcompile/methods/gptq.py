@@ -11,7 +11,7 @@ import torch
 
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.methods import skip, stored
-from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 
 if TYPE_CHECKING:
     from qcompile.format import Packed
@@ -188,7 +188,7 @@ def find(weight: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torc
     return scale, torch.full_like(scale, (top + 1) / 2) if sym else torch.round(-lo / scale)
 
 
-class Gptq:
+class Gptq(Method):
     """quant_method "gptq"."""
 
     name = "gptq"
@@ -273,9 +273,6 @@ class Gptq:
             )
         return not torch.equal(index.long(), torch.arange(module.k) // size)
 
-    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
-        return stored.load(selected.format, selected.names, source, module)
-
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Round to nearest with GPTQ's own scale and zero (`find`); scales are stored in float16, as always there."""
         from qcompile.pack import pack
@@ -299,6 +296,3 @@ class Gptq:
             "scale": whole(scale, torch.float16),
         }
         return stored.packed(fmt, pack(fmt, tensors, n, k), module)
-
-    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
-        return without_effect(config)

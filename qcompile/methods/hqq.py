@@ -12,7 +12,7 @@ import torch
 from qcompile.dtypes import DTYPES
 from qcompile.errors import CheckpointError, ConfigError, near
 from qcompile.methods import stored
-from qcompile.methods.base import MethodConfig, Quantized, Skip, without_effect
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.methods.skip import check
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _move(
     return torch.mean(code - (weight - shrunk).mul_(scale), dim=axis, keepdim=True)
 
 
-class Hqq:
+class Hqq(Method):
     """quant_method "hqq"."""
 
     name = "hqq"
@@ -330,9 +330,6 @@ class Hqq:
 
         fields = {"code": whole(code, torch.int32), "zero": whole(zero, dtype), "scale": whole(scale, dtype)}
         return stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
-
-    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
-        return without_effect(config)
 
 
 def _text(codes: torch.Tensor) -> str:

@@ -1,0 +1,90 @@
+"""Transforms that are linear in x: an order, a scale for each input, a rotation of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qcompile.format import Stored
+from qcompile.transform import Transform
+
+
+@dataclass(frozen=True)
+class Permute(Transform):
+    """Column j of the result is column order[j] of x. order i64 [K]."""
+
+    kind: ClassVar[str] = "permute"
+
+    def stored(self, K: int) -> tuple[Stored, ...]:
+        return (Stored("order", "i64", (K,)),)
+
+    def apply(self, x: Tensor, t: Any) -> Tensor:
+        return torch.index_select(x, -1, t.order)
+
+    def weight(self, w: Tensor, t: Any) -> Tensor:
+        made = torch.empty_like(w)
+        made[:, t.order] = w
+        return made
+
+
+@dataclass(frozen=True)
+class Scale(Transform):
+    """x times a number for each input. scale (`dtype`) [K]."""
+
+    kind: ClassVar[str] = "scale"
+    dtype: str = "f32"
+
+    def stored(self, K: int) -> tuple[Stored, ...]:
+        return (Stored("scale", self.dtype, (K,)),)
+
+    def apply(self, x: Tensor, t: Any) -> Tensor:
+        return x * t.scale.to(torch.float32)
+
+    def weight(self, w: Tensor, t: Any) -> Tensor:
+        return w * t.scale.float()
+
+
+@dataclass(frozen=True)
+class Hadamard(Transform):
+    """Every `size` inputs times the Sylvester matrix of that size (a power of two), over sqrt(size).
+
+    The matrix is symmetric and its own inverse.
+    """
+
+    kind: ClassVar[str] = "hadamard"
+    size: int = 512
+
+    def apply(self, x: Tensor, t: Any) -> Tensor:
+        blocks = x.unflatten(-1, (-1, self.size))
+        half = 1
+        while half < self.size:  # a butterfly: sums and differences of neighbours at distance `half`
+            pairs = blocks.unflatten(-1, (-1, 2, half))
+            first, second = pairs.select(-2, 0), pairs.select(-2, 1)
+            blocks = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+            half *= 2
+        return (blocks * self.size**-0.5).flatten(-2)
+
+    def weight(self, w: Tensor, t: Any) -> Tensor:
+        return self.apply(w.double(), t).float()
+
+
+@dataclass(frozen=True)
+class Rotate(Transform):
+    """Every `size` inputs, as a row, times a stored matrix. matrix (`dtype`) [size, size]."""
+
+    kind: ClassVar[str] = "rotate"
+    size: int = 32
+    dtype: str = "bf16"
+
+    def stored(self, K: int) -> tuple[Stored, ...]:
+        return (Stored("matrix", self.dtype, (self.size, self.size)),)
+
+    def apply(self, x: Tensor, t: Any) -> Tensor:
+        return torch.matmul(x.unflatten(-1, (-1, self.size)), t.matrix.to(torch.float32)).flatten(-2)
+
+    def weight(self, w: Tensor, t: Any) -> Tensor:
+        blocks = w.double().unflatten(-1, (-1, self.size))
+        return (blocks @ t.matrix.double().t()).flatten(-2).float()
