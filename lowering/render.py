@@ -93,6 +93,9 @@ class Renderer:
             case "lt":
                 left, right = self._alike(args)
                 return left < right
+            case "div" if node.dtype in FLOATS:
+                left, right = self._alike(args)
+                return memory.convert(t, left / right, "f32", node.dtype) if node.dtype in NARROW else left / right
             case "div" | "mod":
                 return self._divide(node, *self._alike(args))
             case "cast":

@@ -84,6 +84,8 @@ class Reader:
         return self.divide(expr, *args)
 
     def divide(self, expr: Expr, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.is_floating_point():
+            return left / right
         divisor = expr.args[1].attr if expr.args[1].op == "const" else 0
         if divisor > 0 and divisor & (divisor - 1) == 0:  # a shift or a mask is much faster, and equal below zero too
             return left >> (divisor.bit_length() - 1) if expr.op == "div" else left & (divisor - 1)

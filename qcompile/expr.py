@@ -2,13 +2,14 @@
 
     const c            a number                        where c,a,b     a if c else b
     var name           a coordinate                    add sub mul     arithmetic
-    load t[i,...]      one stored element              div mod lt      floor division, remainder, a < b
+    load t[i,...]      one stored element              div mod lt      division, remainder, a < b
     bits w,shift,width `width` bits of a word          cast d,a        the same value in dtype d
     cat lo,hi,...      bit fields, lowest first        bitcast d,a     the same bits in dtype d
     table t,i          a constant table's entry        field name,a    `a`, known to the packer by name
 
-Integers are i32 everywhere (they wrap); narrow integers exist in stored tensors only and are widened by `load`. An
-index must be in range in both arms of `where`. Equal expressions are one object, so a graph of nodes shares its parts.
+Integers are i32 everywhere (they wrap, and divide toward minus infinity); narrow integers exist in stored tensors only
+and are widened by `load`. An index must be in range in both arms of `where`. Equal expressions are one object, so a
+graph of nodes shares its parts.
 
 >>> print(cast("f32", bits(load("qweight", "i32", (512, 64), k // 8, n), k % 8 * 4, 4)))
 cast(f32, bits(qweight[k // 8, n], (k % 8) * 4, 4))
@@ -64,6 +65,11 @@ class Expr:
         return _binary("mul", _lift(other, self.dtype), self)
 
     def __floordiv__(self, other: Operand) -> Expr:
+        return _binary("div", _i32(self, "the dividend of //"), other)
+
+    def __truediv__(self, other: Operand) -> Expr:
+        if self.dtype not in FLOATS:
+            raise InternalError("'/' divides floats; // divides integers", found=repr(self))
         return _binary("div", self, other)
 
     def __mod__(self, other: Operand) -> Expr:
@@ -224,7 +230,7 @@ def _i32(value: Operand, what: str) -> Expr:
 
 def _binary(op: str, left: Expr, right: Operand) -> Expr:
     other = _lift(right, left.dtype)
-    if left.dtype != other.dtype or left.dtype == "bool" or (op in ("div", "mod") and left.dtype != "i32"):
+    if left.dtype != other.dtype or left.dtype == "bool" or (op == "mod" and left.dtype != "i32"):
         raise InternalError(f"'{op}' of these dtypes is not defined; cast first", found=f"{left!r} and {other!r}")
     return make(op, "bool" if op == "lt" else left.dtype, (left, other))
 
@@ -252,4 +258,5 @@ def _text(expr: Expr) -> str:
     for i, arg in enumerate(expr.args):
         if arg.op in _SIGNS and not (expr.op == "add" and arg.op == "mul"):
             args[i] = f"({args[i]})"
-    return f"{args[0]} {_SIGNS[expr.op]} {args[1]}"
+    sign = "/" if expr.op == "div" and expr.dtype in FLOATS else _SIGNS[expr.op]
+    return f"{args[0]} {sign} {args[1]}"

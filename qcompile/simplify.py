@@ -80,7 +80,7 @@ class Simplifier:
     def rule(self, node: Expr) -> Expr:
         """A shorter form of `node`, whose operands are simple."""
         args, op = node.args, node.op
-        if op in ("add", "sub", "mul") and node.dtype != "i32":
+        if op in ("add", "sub", "mul", "div") and node.dtype != "i32":
             return _float(node)
         match op:
             case "add" | "sub" | "mul":
@@ -299,7 +299,7 @@ class Simplifier:
             case "mul":
                 ends = [x * y for x in of(args[0]) for y in of(args[1])]
                 return min(ends), max(ends)
-            case "div" if of(args[1])[0] > 0:
+            case "div" if expr.dtype == "i32" and of(args[1])[0] > 0:
                 ends = [x // y for x in of(args[0]) for y in of(args[1])]
                 return min(ends), max(ends)
             case "mod" if of(args[1])[0] > 0:
@@ -328,8 +328,11 @@ def _reads(expr: Expr) -> bool:
     return expr.op == "load" or any(map(_reads, expr.args))
 
 
+_NEUTRAL = {("mul", "1.0"), ("div", "1.0"), ("sub", "0.0")}
+
+
 def _float(node: Expr) -> Expr:
-    """Float arithmetic of constants, computed as torch does; x * 1 and x - 0 are x."""
+    """Float arithmetic of constants, computed as torch does; x * 1, x / 1 and x - 0 are x."""
     args = node.args
     if all(arg.op == "const" for arg in args):
         a, *b = (torch.tensor(arg.attr, dtype=DTYPES[arg.dtype]) for arg in args)
@@ -340,7 +343,9 @@ def _float(node: Expr) -> Expr:
                 a = a - b[0]
             case "mul":
                 a = a * b[0]
+            case "div":
+                a = a / b[0]
         return const(a.to(DTYPES[node.dtype]).item(), node.dtype)
-    if len(args) == 2 and args[1].op == "const" and (node.op, repr(args[1].attr)) in (("mul", "1.0"), ("sub", "0.0")):
+    if len(args) == 2 and args[1].op == "const" and (node.op, repr(args[1].attr)) in _NEUTRAL:
         return args[0]
     return node

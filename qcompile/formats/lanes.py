@@ -164,6 +164,8 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
         return f"a weight of format '{format.kind}' is not a code times a scale"
     located = format.located(N, K)
     terms = format.terms(Names(**located))
+    if terms.code.dtype != "i32":
+        return f"its codes are {terms.code.dtype} numbers, not integers"
     group, perm = format.group_size(N, K), None
     if group is None:
         perm = _order(packed, located["group"]) if "group" in located else None
@@ -172,7 +174,10 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     if group < SHORTEST:
         return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
     signed = interval(terms.code)[0] < 0
-    zero_expr = const((0 if terms.zero is None else terms.zero.attr) + 128) if signed else terms.zero
+    if signed and terms.zero is not None and terms.zero.dtype != "i32":
+        return f"signed codes with {terms.zero.dtype} zeros"
+    # Lanes hold codes from 0 on: signed ones and their zeros move up together.
+    zero_expr = (const(0) if terms.zero is None else terms.zero) + 128 if signed else terms.zero
     scale, zero, offset = (
         None if expr is None else _at(packed, expr, columns[::group]) for expr in (terms.scale, zero_expr, terms.offset)
     )
