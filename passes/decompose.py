@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qcompile.ops import _transform
+from qcompile.ops import parse_transform
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import fake_mode, inherit, substitute
 from qcompile.program import Program
@@ -36,7 +36,7 @@ class Decompose(Pass):
 
     def _trace(self, program: Program, x: torch.Tensor, stored: list[torch.Tensor], text: str) -> Graph:
         def eager(x: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
-            what, tensors = _transform(x, stored, text)
+            what, tensors = parse_transform(x, stored, text)
             made: torch.Tensor = what.apply(x.to(torch.float32), tensors).to(x.dtype)
             return made
 

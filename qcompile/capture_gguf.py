@@ -124,6 +124,12 @@ class Arranged:
             tensor = tensor.reshape(self.heads[name], -1, 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
         return tensor.t() if name in self.transposed and not self.info(name).encoding else tensor
 
+    def header(self) -> dict[str, str]:
+        return self.file.header()
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        return self.file.sidecar(name)
+
     def describe(self) -> str:
         return self.file.describe()
 

@@ -68,7 +68,7 @@ def compile(
     program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     report = program.report
     report.target, report.accuracy = place.name, accuracy
-    chosen = parse_config(config, program.quantization_config, program.source)
+    chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
     backend: Backend = CpuBackend(accuracy) if place.backend == "cpu" else ReferenceBackend()
     ctx = Context(

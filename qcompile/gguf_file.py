@@ -197,5 +197,11 @@ class GgufFile:
             data = data.clone()
         return data.view(stored.dtype).reshape(stored.info.shape)
 
+    def header(self) -> dict[str, str]:
+        return {}
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        return None
+
     def describe(self) -> str:
         return f"the file {self.path}"

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from qcompile.transform import Transform
 
 SMALLEST_ACTIVATION = 1e-30
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -123,23 +126,24 @@ def _(ids: Tensor, stored: Sequence[Tensor], format: str, n: int, k: int) -> Ten
 )
 def transform(x: Tensor, stored: Sequence[Tensor], transform: str) -> Tensor:
     """Rows [..., width(K)] from x [..., K], in x's dtype, computed in float32; `transform` is a transform's JSON."""
-    what, tensors = _transform(x, stored, transform)
-    return what.apply(x.float(), tensors).to(x.dtype).contiguous()
+    what, tensors = parse_transform(x, stored, transform)
+    made: Tensor = what.apply(x.float(), tensors)
+    return made.to(x.dtype).contiguous()
 
 
 @transform.register_fake
 def _(x: Tensor, stored: Sequence[Tensor], transform: str) -> Tensor:
-    what, _ = _transform(x, stored, transform)
+    what, _ = parse_transform(x, stored, transform)
     return x.new_empty((*x.shape[:-1], what.width(int(x.shape[-1]))))
 
 
-def _transform(x: Tensor, stored: Sequence[Tensor], text: str) -> tuple[Any, Any]:
-    from qcompile.format import Names
+def parse_transform(x: Tensor, stored: Sequence[Tensor], text: str) -> tuple[Transform, dict[str, Tensor]]:
+    """The transform that `text` describes, and its stored tensors by name, for rows like those of x."""
     from qcompile.transform import transform_from_json
 
     parsed = transform_from_json(json.loads(text))
     wanted = parsed.stored(int(x.shape[-1]))
-    return parsed, Names(**{s.name: tensor for s, tensor in zip(wanted, stored, strict=True)})
+    return parsed, {s.name: tensor for s, tensor in zip(wanted, stored, strict=True)}
 
 
 def activation_group(group: int, k: int) -> int:

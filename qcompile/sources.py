@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from qcompile.errors import CheckpointError, near
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER, MAX_INDEX, MAX_RANK = 100_000_000, 200_000_000, 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_SIDECAR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.json")
 _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -65,6 +67,14 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def header(self) -> Mapping[str, str]:
+        """What the files' headers say beside the tensors (safetensors' `__metadata__`)."""
+        ...
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        """The JSON file `name` beside the tensors; None when there is none."""
+        ...
+
     def describe(self) -> str: ...
 
 
@@ -109,18 +119,19 @@ def _is_sizes(value: object, most: int) -> bool:
     return whole and all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**62 for x in value)  # type: ignore[attr-defined]
 
 
-def read_header(path: Path) -> dict[str, _Stored]:
-    """Tensor name -> where it lies in a safetensors file; every size is checked before a tensor is read."""
+def read_header(path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
+    """Tensor name -> where it lies in a safetensors file, and the file's metadata; sizes are checked before any is read."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
             raise _damaged(path, "the header is longer than the file", f"{length} bytes", f"at most {max(size - 8, 0)}")
         header = _load_json(path, file.read(length), "header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "the header's metadata are not texts", repr(metadata)[:100], "an object of strings")
     tensors: dict[str, _Stored] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         known = isinstance(entry, dict) and entry.get("dtype") in _SAFETENSORS_DTYPES
         if not known:
             found = entry.get("dtype") if isinstance(entry, dict) else entry
@@ -135,7 +146,7 @@ def read_header(path: Path) -> dict[str, _Stored]:
             expected = f"{bytes_} bytes for {entry['dtype']} {shape} inside the file's {size - 8 - length}"
             raise _damaged(path, f"tensor '{name}' does not fit its file", f"bytes {begin} to {end}", expected)
         tensors[name] = _Stored(path, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
-    return tensors
+    return tensors, metadata
 
 
 @dataclass
@@ -152,8 +163,9 @@ class SafetensorsFolder:
         self.path = Path(self.path)
         self._maps: dict[Path, mmap.mmap] = {}
         self._tensors: dict[str, _Stored] = {}
+        self._metadata: dict[str, str] = {}
         if (self.path / SINGLE).is_file():
-            self._tensors = read_header(self.path / SINGLE)
+            self._tensors, self._metadata = read_header(self.path / SINGLE)
         elif (self.path / INDEX).is_file():
             self._read_shards(self.path / INDEX)
         else:
@@ -184,7 +196,9 @@ class SafetensorsFolder:
             if not (self.path / file).is_file():
                 remedy = "download the checkpoint again: a shard is missing"
                 raise CheckpointError("a shard is missing", where=str(index), expected=file, remedy=remedy)
-            for name, stored in read_header(self.path / file).items():
+            tensors, metadata = read_header(self.path / file)
+            self._metadata |= metadata
+            for name, stored in tensors.items():
                 if name in self._tensors:
                     raise _damaged(index, f"tensor '{name}' lies in two files", self._tensors[name].path.name, file)
                 self._tensors[name] = stored
@@ -220,6 +234,17 @@ class SafetensorsFolder:
             data = data.clone()
         return data.view(stored.dtype).reshape(stored.shape)
 
+    def header(self) -> Mapping[str, str]:
+        return self._metadata
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not _SIDECAR.fullmatch(name) or not path.is_file():
+            return None
+        if path.stat().st_size > MAX_INDEX:
+            raise _damaged(path, "the file is too large", f"{path.stat().st_size} bytes", f"at most {MAX_INDEX}")
+        return _load_json(path, path.read_bytes(), "file")
+
     def describe(self) -> str:
         return f"the checkpoint {self.path}"
 
@@ -247,6 +272,12 @@ class ModuleState:
             raise missing(name, self)
         return self._tensors[name]
 
+    def header(self) -> Mapping[str, str]:
+        return {}
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        return None
+
     def describe(self) -> str:
         return f"the module {type(self.module).__name__}"
 
@@ -271,6 +302,12 @@ class Renamed:
 
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(self._old(name))
+
+    def header(self) -> Mapping[str, str]:
+        return self.source.header()
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        return self.source.sidecar(name)
 
     def describe(self) -> str:
         return self.source.describe()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qcompile.described import Described, from_json
-from qcompile.format import Names, Stored, check_tensors
+from qcompile.format import Stored, check_tensors
 
 TRANSFORMS: dict[str, str] = {
     "permute": "qcompile.transforms.linear:Permute",
@@ -39,14 +39,14 @@ class Transform(Described, ABC):
         return K
 
     @abstractmethod
-    def apply(self, x: Tensor, t: Any) -> Tensor:
-        """The rows transformed; `t.<name>` are the stored tensors.
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        """The rows transformed; `t` holds the stored tensors by name.
 
         Made of ATen operators alone and without a look at values, so that it can be traced for any leading dimensions:
         what a backend has no kernel for runs as these operators.
         """
 
-    def weight(self, w: Tensor, t: Any) -> Tensor:
+    def weight(self, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
         """The weight [N, K] that does to x what `w` does to apply(x); `w` itself where `apply` only rounds x."""
         return w
 
@@ -67,11 +67,11 @@ class Applied:
         check_tensors(f"transform '{self.transform.kind}'", self.transform.stored(K), self.tensors, where)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.transform.apply(x, Names(**self.tensors))
+        return self.transform.apply(x, self.tensors)
 
     def weight(self, w: Tensor) -> Tensor:
         """The weight that acts on what goes into the transform, from the one that acts on what comes out."""
-        return self.transform.weight(w, Names(**self.tensors))
+        return self.transform.weight(w, self.tensors)
 
 
 def transform_from_json(data: Mapping[str, Any]) -> Transform:

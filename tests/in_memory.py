@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from qcompile.sources import TensorInfo, dtype_name
 
 @dataclass
 class InMemory:
-    """Named tensors; `encodings` names the block types of GGUF tensors."""
+    """Named tensors; `encodings` names the block types of GGUF tensors, `notes` are the header's, `sidecars` JSON files."""
 
     tensors: dict[str, torch.Tensor]
     encodings: dict[str, str] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    sidecars: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
@@ -30,6 +32,12 @@ class InMemory:
         if name not in self.tensors:
             raise CheckpointError(f"there is no tensor '{name}'")
         return self.tensors[name]
+
+    def header(self) -> dict[str, str]:
+        return self.notes
+
+    def sidecar(self, name: str) -> dict[str, Any] | None:
+        return self.sidecars.get(name)
 
     def describe(self) -> str:
         return "tensors in memory"

@@ -138,6 +138,10 @@ class Method(ABC):
     Config: ClassVar[type[MethodConfig]]
     formats: ClassVar[tuple[str, ...]]
 
+    def recognise(self, model_config: Mapping[str, Any], source: TensorSource) -> dict[str, Any] | None:
+        """The quantization config of a checkpoint whose config.json names no `quant_method`, if it is this method's."""
+        return None
+
     @abstractmethod
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         """True when the source already holds weights that this method quantized."""

@@ -38,15 +38,21 @@ def method(name: str) -> Method:
 
 
 def parse_config(
-    config: Any, stored: Mapping[str, Any] | None = None, source: TensorSource | None = None
+    config: Any,
+    stored: Mapping[str, Any] | None = None,
+    source: TensorSource | None = None,
+    model_config: Mapping[str, Any] | None = None,
 ) -> tuple[Method, MethodConfig] | None:
     """The method and typed config that a caller asks for; None when nothing is to be quantized.
 
     `config` is one of our configs, a transformers config object (anything with `to_dict()`), a dict, JSON text, or
     None: then `stored`, the `quantization_config` that came with the checkpoint, holds. A config beside a stored one
     must say the same, and `source` must hold the quantized weights that `stored` promises (CheckpointError). Only the
-    blocks of a GGUF file may be quantized again by another method.
+    blocks of a GGUF file may be quantized again by another method. A checkpoint that names no method, by its
+    `model_config`, is one of those that methods recognise, or a float model.
     """
+    if source is not None and model_config is not None and (stored is None or "quant_method" not in stored):
+        stored = next(filter(None, (method(name).recognise(model_config, source) for name in METHODS)), stored)
     own = _parse(stored, lenient=True) if stored is not None else None
     if own is not None and source is not None and not own[0].prequantized(own[1], source):
         raise CheckpointError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class RoundTo(Transform):
     kind: ClassVar[str] = "round-to"
     dtype: Literal["f16", "bf16"] = "bf16"
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
         return x.to(DTYPES[self.dtype]).to(x.dtype)
 
     def summary(self) -> str:

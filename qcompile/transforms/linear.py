@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ class Permute(Transform):
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("order", "i64", (K,)),)
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
-        return torch.index_select(x, -1, t.order)
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        return torch.index_select(x, -1, t["order"])
 
-    def weight(self, w: Tensor, t: Any) -> Tensor:
+    def weight(self, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
         made = torch.empty_like(w)
-        made[:, t.order] = w
+        made[:, t["order"]] = w
         return made
 
 
@@ -40,11 +41,11 @@ class Scale(Transform):
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("scale", self.dtype, (K,)),)
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
-        return x * t.scale.to(torch.float32)
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        return x * t["scale"].to(torch.float32)
 
-    def weight(self, w: Tensor, t: Any) -> Tensor:
-        return w * t.scale.float()
+    def weight(self, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        return w * t["scale"].float()
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,19 @@ class Hadamard(Transform):
     kind: ClassVar[str] = "hadamard"
     size: int = 512
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
-        blocks = x.unflatten(-1, (-1, self.size))
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        blocks = x.reshape(*x.shape[:-1], -1, self.size)
         half = 1
         while half < self.size:  # a butterfly: sums and differences of neighbours at distance `half`
-            pairs = blocks.unflatten(-1, (-1, 2, half))
+            pairs = blocks.reshape(*blocks.shape[:-1], -1, 2, half)
             first, second = pairs.select(-2, 0), pairs.select(-2, 1)
             blocks = torch.stack((first + second, first - second), dim=-2).flatten(-3)
             half *= 2
-        return (blocks * self.size**-0.5).flatten(-2)
+        return (blocks * float(self.size**-0.5)).flatten(-2)
 
-    def weight(self, w: Tensor, t: Any) -> Tensor:
-        return self.apply(w.double(), t).float()
+    def weight(self, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        turned = self.apply(w.double(), t)
+        return turned.to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ class Rotate(Transform):
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("matrix", self.dtype, (self.size, self.size)),)
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
-        return torch.matmul(x.unflatten(-1, (-1, self.size)), t.matrix.to(torch.float32)).flatten(-2)
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        turned: Tensor = x.reshape(*x.shape[:-1], -1, self.size) @ t["matrix"].to(torch.float32)
+        return turned.flatten(-2)
 
-    def weight(self, w: Tensor, t: Any) -> Tensor:
-        blocks = w.double().unflatten(-1, (-1, self.size))
-        return (blocks @ t.matrix.double().t()).flatten(-2).float()
+    def weight(self, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        turned: Tensor = w.double().reshape(len(w), -1, self.size) @ t["matrix"].double().t()
+        return turned.flatten(-2).float()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class LlmInt8(Transform):
     kind: ClassVar[str] = "llm-int8"
     threshold: float = 6.0
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
         half = x.to(torch.float16).to(torch.float32)
         if self.threshold > 0:
             outlier = half.abs() >= self.threshold

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,5 +24,5 @@ class RmsNorm(Transform):
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("norm", self.dtype, (K,)),)
 
-    def apply(self, x: Tensor, t: Any) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * t.norm.to(torch.float32)
+    def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * t["norm"].to(torch.float32)
