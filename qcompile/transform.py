@@ -20,6 +20,10 @@ TRANSFORMS: dict[str, str] = {
     "rms-norm": "qcompile.transforms.norm:RmsNorm",
     "round-to": "qcompile.transforms.cast:RoundTo",
     "llm-int8": "qcompile.transforms.llm_int8:LlmInt8",
+    "round-int": "qcompile.transforms.round_int:RoundInt",
+    "round-float": "qcompile.transforms.round_float:RoundFloat",
+    "round-mx": "qcompile.transforms.round_float:RoundMx",
+    "round-nvfp4": "qcompile.transforms.round_float:RoundNvfp4",
 }
 
 
