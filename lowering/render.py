@@ -1,6 +1,6 @@
 """A decode expression as straight-line MLIR text: what any format says about one weight, for one or sixteen of them.
 
-A value is a scalar unless a variable that it depends on is a vector. In registers f16 and bf16 are float32 that hold a
+A value is a scalar unless a variable that it depends on is a vector. In registers narrow floats are float32 that hold a
 value of the narrow type (see `mlir.memory`), so every operation on them rounds.
 """
 
@@ -16,16 +16,13 @@ from qcompile.lowering.mlir import memory
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.simplify import Fact, interval
 
-NARROW = ("f16", "bf16")
+NARROW = ("f16", "bf16", "f8e4m3", "f8e5m2")
 
 
 def check(expr: Expr) -> None:
-    """Refuse, with the reason, for an expression that has no text: 8-bit floats, tensors of 2^31 elements."""
+    """Refuse, with the reason, for an expression that has no text: one that reads a tensor of 2^31 elements."""
     for node in walk(expr):
         stored = node.attr if node.op == "load" else None
-        dtypes = {node.dtype, stored[1] if stored else node.attr if node.op == "bitcast" else ""}
-        if any(dtype.startswith("f8") for dtype in dtypes):
-            raise Refuse(f"8-bit floats have no CPU text: {node}")
         if stored and math.prod(stored[2]) >= 1 << 31:
             raise Refuse(f"stored tensor '{stored[0]}' has {math.prod(stored[2])} elements, more than an i32 counts")
 
@@ -149,6 +146,8 @@ class Renderer:
                 return memory.widen(t, t.cast("bitcast", t.cast("trunci", value, "i16"), "f16"), "f16")
             case "bf16":
                 return t.cast("bitcast", value << 16, "f32")
+            case "f8e4m3" | "f8e5m2" | "f8e8m0":
+                return memory.float_of_byte(t, value & 0xFF, to)
             case "i8" | "i16":
                 move = 32 - int(to[1:])
                 return (value << move).signed_shift(move)

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 POINTWISE = frozenset(
     overload
     for name in (
-        "__and__", "__or__", "__xor__", "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil",
+        "__and__", "__or__", "__xor__", "_to_copy", "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil",
         "clamp", "clamp_max", "clamp_min", "cos", "div", "eq", "erf", "exp",
         "expm1", "floor", "ge", "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "log", "log1p",
         "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "pow",
@@ -34,7 +34,7 @@ POINTWISE = frozenset(
 """Operators that compute every element of their result from the elements at the same place of their operands."""
 
 CHEAP = frozenset({
-    aten.to.dtype, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
+    aten.to.dtype, aten._to_copy.default, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
 })  # fmt: skip
 """Operators that cost less to compute again for every element than to store."""
 

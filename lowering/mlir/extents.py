@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from qcompile.errors import ArtifactError
 
-Element = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
+Element = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "f8e4m3", "f8e5m2", "f8e8m0"]
 Float = Literal["f32", "f16", "bf16"]
 MOST = 2**48  # as for a buffer's elements
 

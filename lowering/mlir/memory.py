@@ -1,10 +1,12 @@
 """Elements of any dtype in memory as lanes in registers: masked and scattered access, and conversions between dtypes.
 
-In registers f16 and bf16 are float32 that hold a value of the narrow type, bool is i1, integers keep their width.
+In registers every float is a float32 that holds a value of the narrow type, bool is i1, integers keep their width.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator
 
 from qcompile.dtypes import itemsize
@@ -14,8 +16,9 @@ from qcompile.lowering.mlir.text import POINTER, Text, Value, vector
 ELEMENTS: dict[str, tuple[str, str]] = {
     "f32": ("f32", "f32"), "f16": ("f16", "f32"), "bf16": ("i16", "f32"), "i64": ("i64", "i64"), "i32": ("i32", "i32"),
     "i16": ("i16", "i16"), "i8": ("i8", "i8"), "u8": ("i8", "i8"), "bool": ("i8", "i1"),
+    "f8e4m3": ("i8", "f32"), "f8e5m2": ("i8", "f32"), "f8e8m0": ("i8", "f32"),
 }  # fmt: skip
-FLOATS = ("f32", "f16", "bf16")
+FLOATS = ("f32", "f16", "bf16", "f8e4m3", "f8e5m2", "f8e8m0")
 
 
 def lane_numbers(t: Text, lanes: int) -> Value:
@@ -96,6 +99,8 @@ def widen(t: Text, value: Value, dtype: str) -> Value:
         return t.cast("extf", value, "f32")
     if dtype == "bf16":
         return t.cast("bitcast", t.cast("extui", value, "i32") << 16, "f32")
+    if dtype.startswith("f8"):
+        return float_of_byte(t, t.cast("extui", value, "i32"), dtype)
     return value.compare("ne", 0) if dtype == "bool" else value
 
 
@@ -107,7 +112,41 @@ def narrow(t: Text, value: Value, dtype: str) -> Value:
         bits = t.cast("bitcast", value, "i32")
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return t.cast("trunci", t.select(value.compare("uno", 0.0), 0x7FC0, rounded), "i16")
+    if dtype in _EIGHT_BITS:
+        return _byte_of_float(t, value, *_EIGHT_BITS[dtype])
     return t.cast("extui", value, "i8") if dtype == "bool" else value
+
+
+# dtype -> bits of mantissa, exponent bias, least number that overflows, code of what overflows (f8e4m3 saturates), of NaN
+_EIGHT_BITS = {"f8e4m3": (3, 7, 464.0, 0x7E, 0x7F), "f8e5m2": (2, 15, 65536.0, 0x7C, 0x7F)}
+
+
+def float_of_byte(t: Text, byte: Value, dtype: str, *, finite: bool = False) -> Value:
+    """The f32 value of an 8-bit float from its bits, i32; `finite`: NaN need not come out as NaN."""
+    if dtype == "f8e8m0":  # a power of two, and no sign; 2^-127 is below float32's exponents
+        power = t.select(byte.compare("eq", 0), 0x00400000, byte << 23)
+        return t.cast("bitcast", t.select(byte.compare("eq", 255), 0x7FC00000, power), "f32")
+    if dtype == "f8e5m2":
+        return t.cast("extf", t.cast("bitcast", t.cast("trunci", byte << 8, "i16"), "f16"), "f32")
+    # With the mantissa moved to float16's place only the exponent's bias differs, also for the smallest numbers.
+    half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    value = t.cast("extf", t.cast("bitcast", t.cast("trunci", half, "i16"), "f16"), "f32") * 256.0
+    return value if finite else t.select((byte & 0x7F).compare("eq", 0x7F), math.nan, value)
+
+
+def _byte_of_float(t: Text, value: Value, mantissa: int, bias: int, most: float, over: int, nan: int) -> Value:
+    """The bits, i8, of the 8-bit float nearest to an f32 (ties to even), as torch's `to` gives them."""
+    bits = t.cast("bitcast", value, "i32")
+    size, drop = bits & 0x7FFFFFFF, 23 - mantissa
+    least = 2.0 ** (1 - bias)  # the smallest number with a whole mantissa
+    normal = ((size + ((1 << (drop - 1)) - 1) + ((size >> drop) & 1)) >> drop) - ((127 - bias) << mantissa)
+    # Added to this power of two, a smaller number is rounded to the last bit that such codes have.
+    ground = least * 2.0 ** (23 - mantissa)
+    magnitude = t.cast("bitcast", size, "f32")
+    small = t.cast("bitcast", magnitude + ground, "i32") - struct.unpack("<i", struct.pack("<f", ground))[0]
+    code = t.select(magnitude < least, small, normal)
+    code = t.select(magnitude < most, code, t.select(value.compare("uno", 0.0), t.constant(nan, bits.type), over))
+    return t.cast("trunci", code | ((bits >> 24) & 0x80), "i8")
 
 
 def convert(t: Text, value: Value, source: str, target: str) -> Value:
