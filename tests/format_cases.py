@@ -7,7 +7,7 @@ import torch
 from qcompile.dtypes import DTYPES
 from qcompile.expr import FLOATS
 from qcompile.format import Format, Stored
-from qcompile.formats import awq, bitsandbytes, dense, eetq, gguf, gptq, hqq, lanes
+from qcompile.formats import awq, bitsandbytes, dense, eetq, gguf, gguf_k, gptq, hqq, lanes
 
 NF4 = (-1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
 CASES: list[tuple[Format, int, int]] = [
@@ -32,6 +32,8 @@ CASES: list[tuple[Format, int, int]] = [
     *((dense.Dense(dtype), 3, 5) for dtype in ("f32", "f16", "bf16")),
     *((cls(), 3, 96) for cls in (gguf.Q4_0, gguf.Q4_1, gguf.Q5_0, gguf.Q5_1, gguf.Q8_0)),
     (gguf.Q6_K(), 3, 512),
+    *((cls(), 3, 512) for cls in (gguf_k.Q2_K, gguf_k.Q3_K, gguf_k.Q4_K, gguf_k.Q5_K, gguf_k.IQ4_XS)),
+    (gguf_k.IQ4_NL(), 3, 96),
     *((lanes.Lanes(bits, 24, None, "f16", "f16", "each-f16"), 19, 72) for bits in range(1, 9)),
     (lanes.Lanes(4, 8, NF4), 16, 40),
     (lanes.Lanes(5, 11, None, 16.0, "bf16", "product-bf16", "f32", 0.5), 3, 33),

@@ -120,7 +120,7 @@ def test_checkpoint_weights_equal_the_packages_own_bit_for_bit(folder: str) -> N
     assert count > 0
 
 
-GGUF = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K"]
+GGUF = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
 @pytest.mark.parametrize("name", GGUF)
