@@ -21,8 +21,8 @@ aten = torch.ops.aten
 POINTWISE = frozenset(
     overload
     for name in (
-        "__and__", "__or__", "__xor__", "_to_copy", "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil",
-        "clamp", "clamp_max", "clamp_min", "cos", "div", "eq", "erf", "exp",
+        "__and__", "__or__", "__xor__", "_to_copy", "abs", "add", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor",
+        "ceil", "clamp", "clamp_max", "clamp_min", "cos", "div", "eq", "erf", "exp",
         "expm1", "floor", "ge", "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "log", "log1p",
         "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "pow",
         "reciprocal", "relu", "round", "rsqrt", "rsub", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "sub",
@@ -30,11 +30,12 @@ POINTWISE = frozenset(
     )
     for overload in (getattr(getattr(aten, name), o) for o in getattr(aten, name).overloads())
     if "out" not in overload._overloadname
-)  # fmt: skip
+) | {aten.view.dtype}  # fmt: skip
 """Operators that compute every element of their result from the elements at the same place of their operands."""
 
 CHEAP = frozenset({
-    aten.to.dtype, aten._to_copy.default, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
+    aten.to.dtype, aten._to_copy.default,
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar,
 })  # fmt: skip
 """Operators that cost less to compute again for every element than to store."""
 

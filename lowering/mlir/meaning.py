@@ -30,7 +30,7 @@ class Reader:
 
     def read(self, node: Node) -> int:
         """The number of the value that `node` computes."""
-        name = str(node.target.overloadpacket) if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+        name = operator(node)
         if name not in READ:
             raise Refuse(f"{name} is not a pointwise operation of the kernels")
         dtype = _dtype(node)
@@ -76,6 +76,13 @@ class Reader:
 
     def f32(self, node: Node, index: int = 0) -> Ref:
         return self.to(self.ref(node.args[index]), "f32")
+
+
+def operator(node: Node) -> str:
+    """The node's operator as `READ` names it: overloads of one operator mean the same, but for a view of the bits."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return "aten.view.dtype" if node.target == torch.ops.aten.view.dtype else str(node.target.overloadpacket)
 
 
 def number(value: float) -> dict[str, Any]:
@@ -330,6 +337,14 @@ def _full(index: int | None, value: float = 0.0) -> Read:
     return read
 
 
+def _bits(r: Reader, node: Node) -> Ref:
+    """The same bits as another dtype: between f32 and i32 only, which lie in registers as they do in memory."""
+    ref, dtype = r.tensor(node.args[0]), _dtype(node)
+    if {r.dtypes[ref], dtype} != {"f32", "i32"}:
+        raise Refuse(f"a view of {r.dtypes[ref]} bits as {dtype}")
+    return r.op("bitcast", dtype, ref)
+
+
 def _test(name: str) -> Read:
     return lambda r, node: r.op(name, "bool", r.f32(node))
 
@@ -366,7 +381,7 @@ _MEANINGS: dict[str, Read] = {
     "to": _value, "_to_copy": _value, "clone": _value, "lift_fresh_copy": _value,
     "full": _full(1), "full_like": _full(1), "zeros": _full(None), "zeros_like": _full(None), "ones": _full(None, 1.0),
     "ones_like": _full(None, 1.0), "new_zeros": _full(None), "new_ones": _full(None, 1.0), "new_full": _full(2),
-    "scalar_tensor": _full(0), "arange": _arange,
+    "scalar_tensor": _full(0), "arange": _arange, "view.dtype": _bits,
 }  # fmt: skip
 READ: dict[str, Read] = {f"aten.{name}": read for name, read in _MEANINGS.items()} | {
     "prims.convert_element_type": _value

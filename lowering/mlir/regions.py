@@ -9,13 +9,13 @@ from torch.fx import Node
 
 from qcompile.dtypes import NAMES
 from qcompile.lowering.base import Context, Refuse
-from qcompile.lowering.mlir.meaning import READ, Reader
+from qcompile.lowering.mlir.meaning import READ, Reader, operator
 from qcompile.lowering.mlir.pointwise import Operand, call
 
 
 def is_pointwise(node: Node) -> bool:
     """Whether the node is an ATen operation that a pointwise kernel can hold."""
-    return isinstance(node.target, torch._ops.OpOverload) and str(node.target.overloadpacket) in READ
+    return isinstance(node.target, torch._ops.OpOverload) and operator(node) in READ
 
 
 def lower_pointwise(node: Node, ctx: Context) -> None:

@@ -105,6 +105,7 @@ OPS: dict[str, Emit] = {
     "ceil": _math("ceil"),
     "trunc": _math("trunc"),
     "round": _math("roundeven"),
+    "bitcast": lambda t, dtype, a: t.cast("bitcast", a, "i32" if dtype == "f32" else "f32"),
     "isnan": lambda t, dtype, a: a.compare("uno", a),
     "isinf": lambda t, dtype, a: t.math("absf", a).equals(math.inf),
     **{

@@ -108,6 +108,15 @@ def test_rounding_to_8_bit_floats(dtype: str) -> None:
     agrees(lambda x: x.to(DTYPES[dtype]).to(torch.float32), x, rtol=0, atol=0)
 
 
+def test_bits_of_floats() -> None:
+    def power_of_two(x: torch.Tensor) -> torch.Tensor:
+        return ((x.view(torch.int32) + 0x7FFFFF) & -0x800000).view(torch.float32) * x
+
+    x = values(3, 77).abs() + 1e-6
+    agrees(power_of_two, x, rtol=0, atol=0)
+    agrees(power_of_two, x, rtol=0, atol=0, passes=[FormRegions()])
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8])
 def test_integers(dtype: torch.dtype) -> None:
     x = (values(5, 23) * 20).to(dtype)

@@ -28,7 +28,7 @@ EXPRESSIONS: dict[str, Expr] = {
     "float table": table(tuple(float(i) ** 3 for i in range(40)), k % 40),
     "signed bytes": bitcast("i8", word) + bitcast("i16", word),
     "float bits": bitcast("f16", word % 31744) + cast("f16", const(1.0)),
-    "8-bit float bits": bitcast("f8e4m3", word % 256) + cast("f8e4m3", const(1.0)),
+    "8-bit float bits": cast("f32", bitcast("f8e4m3", word % 127)) + cast("f32", cast("f8e5m2", half)),
     "powers of two": cast("f32", bitcast("f8e8m0", word % 255)),
     "float division": half / cast("f16", const(3.0)) + cast("f16", cast("f32", half) / const(0.7)),
     "each operation of a half rounds": half * half + half * cast("f16", const(0.1)),
