@@ -24,13 +24,15 @@ class MethodConfig:
 
     `method` is the `quant_method`. `steering` maps fields that steer another library only to what is true here instead.
     `foreign` maps fields that other writers put in the same dict, and that mean nothing here, to a note ("" for fields
-    that only say who wrote a checkpoint and how: they are not reported).
+    that only say who wrote a checkpoint and how: they are not reported). `loading` names fields that say how to load, so
+    that a config given beside a checkpoint's own replaces them.
     `unused` holds the fields of the source dict that are not fields of this class; they are reported, not obeyed.
     """
 
     method: ClassVar[str]
     steering: ClassVar[Mapping[str, str]] = {}
     foreign: ClassVar[Mapping[str, str]] = {}
+    loading: ClassVar[tuple[str, ...]] = ()
 
     unused: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import CheckpointError, ConfigError, near
@@ -20,6 +21,9 @@ METHODS: dict[str, str] = {
     "hqq": "qcompile.methods.hqq:Hqq",
     "eetq": "qcompile.methods.eetq:Eetq",
     "gguf": "qcompile.methods.gguf:Gguf",
+    "bitnet": "qcompile.methods.bitnet:BitNet",
+    "fbgemm_fp8": "qcompile.methods.fbgemm_fp8:FbgemmFp8",
+    "metal": "qcompile.methods.metal:Metal",
 }
 
 
@@ -47,9 +51,9 @@ def parse_config(
 
     `config` is one of our configs, a transformers config object (anything with `to_dict()`), a dict, JSON text, or
     None: then `stored`, the `quantization_config` that came with the checkpoint, holds. A config beside a stored one
-    must say the same, and `source` must hold the quantized weights that `stored` promises (CheckpointError). Only the
-    blocks of a GGUF file may be quantized again by another method. A checkpoint that names no method, by its
-    `model_config`, is one of those that methods recognise, or a float model.
+    must say the same, but for how to load, and `source` must hold the quantized weights that `stored` promises
+    (CheckpointError). Only the blocks of a GGUF file may be quantized again by another method. A checkpoint that names no
+    method, by its `model_config`, is one of those that methods recognise, or a float model.
     """
     if source is not None and model_config is not None and (stored is None or "quant_method" not in stored):
         stored = next(filter(None, (method(name).recognise(model_config, source) for name in METHODS)), stored)
@@ -84,7 +88,7 @@ def parse_config(
             expected="no config, or the checkpoint's own",
             remedy="leave the config out, or start from the float model",
         )
-    return own
+    return own[0], replace(own[1], **{name: getattr(asked[1], name) for name in own[1].loading})
 
 
 def _parse(config: Any, *, lenient: bool) -> tuple[Method, MethodConfig]:
@@ -125,7 +129,7 @@ def _name(config: Mapping[str, Any]) -> str:
 
 def _differences(asked: MethodConfig, own: MethodConfig) -> list[str]:
     left, right = asked.to_dict(), own.to_dict()
-    matter = [name for name in left if name not in asked.steering]
+    matter = [name for name in left if name not in asked.steering and name not in asked.loading]
     return [
         f"{name}: {left[name]!r}, checkpoint {right.get(name)!r}" for name in matter if left[name] != right.get(name)
     ]
