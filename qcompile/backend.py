@@ -85,7 +85,7 @@ class ReferenceBackend:
 class CpuBackend:
     """CPU kernels: lane layouts where the format has one, joined weights side by side.
 
-    `wanted` is the accuracy asked for: "int8" holds for linears whose weight is a code times a scale in a lane layout.
+    `wanted` is the accuracy asked for: "int8" holds for linears whose weight is an integer code times a scale in a lane layout.
     """
 
     wanted: str = "exact"
@@ -111,7 +111,7 @@ class CpuBackend:
         return (Packed(first.format, tensors, sum(part.N for part in parts), first.K),)
 
     def accuracy(self, format: Format) -> str:
-        return self.wanted if isinstance(format, Lanes) else "exact"
+        return self.wanted if isinstance(format, Lanes) and format.code == "int" else "exact"
 
     def prologue(self, formats: Sequence[Format], op: str) -> str | None:
         return None

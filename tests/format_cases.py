@@ -7,7 +7,7 @@ import torch
 from qcompile.dtypes import DTYPES
 from qcompile.expr import FLOATS
 from qcompile.format import Format, Stored
-from qcompile.formats import awq, bitsandbytes, dense, eetq, gguf, gguf_k, gptq, hqq, lanes
+from qcompile.formats import awq, bitsandbytes, dense, eetq, gguf, gguf_k, gptq, hqq, integer, lanes, minifloat
 
 NF4 = (-1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
 CASES: list[tuple[Format, int, int]] = [
@@ -29,6 +29,14 @@ CASES: list[tuple[Format, int, int]] = [
     (bitsandbytes.BnbInt8(), 5, 9),
     (eetq.Eetq(), 64, 128),
     (eetq.Eetq("f32"), 128, 64),
+    *((minifloat.Fp8(dtype, columns=16), 19, 48) for dtype in ("f8e4m3", "f8e5m2")),
+    (minifloat.Fp8(scale="bf16", rows=16, columns=24, rounding="product-bf16"), 35, 72),
+    (minifloat.Fp8(scale="u8", columns=32), 3, 64),
+    (minifloat.Fp4(32), 19, 64),
+    *((minifloat.Fp4(16, "f8e4m3", tensor), 5, 48) for tensor in ("", "multiply", "divide")),
+    (integer.Int8(), 19, 24),
+    (integer.Int8("i8", "bf16", "i8", 1, 8, "each-bf16"), 3, 24),
+    (integer.Int8("u8", "f16", "u8", 16, 40), 35, 80),
     *((dense.Dense(dtype), 3, 5) for dtype in ("f32", "f16", "bf16")),
     *((cls(), 3, 96) for cls in (gguf.Q4_0, gguf.Q4_1, gguf.Q5_0, gguf.Q5_1, gguf.Q8_0)),
     (gguf.Q6_K(), 3, 512),

@@ -15,7 +15,7 @@ from qcompile.format import Format
 from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.formats.stream import planes
 from qcompile.lowering.mlir.linear import F32, I32, LANES, Operands, Shape
-from qcompile.lowering.mlir.memory import ELEMENTS, gather, load, narrow, widen
+from qcompile.lowering.mlir.memory import ELEMENTS, gather, half_of_byte, load, narrow, widen
 from qcompile.lowering.mlir.text import Text, Value, vector
 from qcompile.lowering.render import Renderer
 from qcompile.simplify import coordinates, simplify
@@ -84,6 +84,7 @@ class LanesReader:
         self.group = format.group
         self.needs_sums = self.zeros is not None or self.offsets is not None
         self.unit = next(u for u in (32, 16, 8, 4, 1) if format.group % u == 0 and u * min(self.widths) <= 32)
+        self.power = 256.0 if format.code == "f8e4m3" else 1.0  # of which `value` lacks the factor
         entries = _entries(format)
         self._table = entries if _in_registers(target, format) else None
         self._memory = self._store(entries) if format.table is not None and self._table is None else None
@@ -135,6 +136,8 @@ class LanesReader:
 
     def value(self, words: list[list[Value]], j: int) -> Value:
         t, code = self.t, self._code(words, j)
+        if self.format.code != "int":
+            return half_of_byte(t, code, self.format.code)
         if self._memory is not None:
             everywhere = t.constant(1, vector(LANES, "i1"))
             return gather(t, self._memory, t.cast("extui", code, "i64"), "f32", everywhere)
@@ -174,7 +177,7 @@ class LanesReader:
         return Scaling(scale, zero, offset)
 
     def scaling(self, block: Value, group: Value) -> Scaling:
-        by, factor = self.stored_scaling(block, group), self.format.factor
+        by, factor = self.stored_scaling(block, group), self.format.factor * self.power
         if factor == 1.0:
             return by
         return Scaling(by.scale * factor, by.zero, None if by.offset is None else by.offset * factor)
@@ -203,6 +206,8 @@ class RoundedReader:
     def value(self, words: list[list[Value]], j: int) -> Value:
         *codes, scale, zero, offset = words
         format, value = self.lanes.format, self.lanes.value(codes, j)
+        if self.lanes.power != 1.0:
+            value = value * self.lanes.power
         if zero:
             value = value - zero[0]
         exact = format.table is None and isinstance(format.zero, int | float) and float(format.zero).is_integer()

@@ -106,6 +106,8 @@ def format_problem(format: Format, size: tuple[int, int] | None) -> str:
             scale=format.scale in FLOATS,
             offset=format.offset in (None, *FLOATS),
             rounding=format.rounding in ROUNDINGS,
+            code=format.code == "int"
+            or (format.code in ("f8e4m3", "f8e5m2") and format.bits == 8 and format.table is None and not format.zero),
         ) or _size_problem(format, size)
     if isinstance(format, LanesDense):
         return outside(format, dtype=format.dtype in FLOATS) or _size_problem(format, size)

@@ -121,17 +121,20 @@ def narrow(t: Text, value: Value, dtype: str) -> Value:
 _EIGHT_BITS = {"f8e4m3": (3, 7, 464.0, 0x7E, 0x7F), "f8e5m2": (2, 15, 65536.0, 0x7C, 0x7F)}
 
 
-def float_of_byte(t: Text, byte: Value, dtype: str, *, finite: bool = False) -> Value:
-    """The f32 value of an 8-bit float from its bits, i32; `finite`: NaN need not come out as NaN."""
+def half_of_byte(t: Text, byte: Value, dtype: str) -> Value:
+    """The f32 value of an f8e5m2, or the 256th part of that of an f8e4m3 (NaN becomes a number), from its bits, i32."""
+    # With the mantissa moved to float16's place only the exponent's bias differs, also for the smallest numbers.
+    half = byte << 8 if dtype == "f8e5m2" else ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    return t.cast("extf", t.cast("bitcast", t.cast("trunci", half, "i16"), "f16"), "f32")
+
+
+def float_of_byte(t: Text, byte: Value, dtype: str) -> Value:
+    """The f32 value of an 8-bit float from its bits, i32."""
     if dtype == "f8e8m0":  # a power of two, and no sign; 2^-127 is below float32's exponents
         power = t.select(byte.compare("eq", 0), 0x00400000, byte << 23)
         return t.cast("bitcast", t.select(byte.compare("eq", 255), 0x7FC00000, power), "f32")
-    if dtype == "f8e5m2":
-        return t.cast("extf", t.cast("bitcast", t.cast("trunci", byte << 8, "i16"), "f16"), "f32")
-    # With the mantissa moved to float16's place only the exponent's bias differs, also for the smallest numbers.
-    half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
-    value = t.cast("extf", t.cast("bitcast", t.cast("trunci", half, "i16"), "f16"), "f32") * 256.0
-    return value if finite else t.select((byte & 0x7F).compare("eq", 0x7F), math.nan, value)
+    half = half_of_byte(t, byte, dtype)
+    return half if dtype == "f8e5m2" else t.select((byte & 0x7F).compare("eq", 0x7F), math.nan, half * 256.0)
 
 
 def _byte_of_float(t: Text, value: Value, mantissa: int, bias: int, most: float, over: int, nan: int) -> Value:

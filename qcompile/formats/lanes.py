@@ -10,7 +10,7 @@ import torch
 
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.evaluate import CHUNK, Reader, row_chunks
-from qcompile.expr import Expr, bits, cast, cat, const, k, n
+from qcompile.expr import Expr, bitcast, bits, cast, cat, const, k, n
 from qcompile.format import Format, Names, Packed, Problem, Stored
 from qcompile.formats.affine import Affine, Terms
 from qcompile.formats.dense import Dense
@@ -32,8 +32,9 @@ class Lanes(Affine):
 
     W = rounding((code - zero) * scale + offset) * factor, with table[code] for (code - zero) where there is a table.
     A number as `zero` is the same everywhere; a dtype name says that it is stored, in code units (None: there
-    is none); `offset` likewise. Without a rounding, kernels factor scale * factor out of the sum over a group; those for
-    int8 activations always do, and leave the rounding of weights out.
+    is none); `offset` likewise. `code` says what the bits of a code are: "int", or "f8e4m3" or "f8e5m2". Without a
+    rounding, kernels factor scale * factor out of the sum over a group; those for int8 activations always do, and leave
+    the rounding of weights out.
     """
 
     kind: ClassVar[str] = "lanes"
@@ -45,6 +46,7 @@ class Lanes(Affine):
     rounding: str = "none"
     offset: str | None = None
     factor: float = 1.0
+    code: str = "int"
 
     def stored(self, N: int, K: int) -> tuple[Stored, ...]:
         blocks, per_group = -(-N // LANES), (-(-N // LANES), K // self.group, LANES)
@@ -72,7 +74,8 @@ class Lanes(Affine):
 
     def terms(self, f: Any) -> Terms:
         zero = const(self.zero, "f32") if isinstance(self.zero, int | float) and self.zero != 0 else f.get("zero")
-        return Terms(f.code, f.scale, zero, f.get("offset"), self.table, self.rounding, self.factor)
+        code = f.code if self.code == "int" else bitcast(self.code, f.code)
+        return Terms(code, f.scale, zero, f.get("offset"), self.table, self.rounding, self.factor)
 
     def check(self, N: int, K: int) -> list[Problem]:
         if K % self.group:
@@ -164,8 +167,9 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
         return f"a weight of format '{format.kind}' is not a code times a scale"
     located = format.located(N, K)
     terms = format.terms(Names(**located))
-    if terms.code.dtype != "i32":
-        return f"its codes are {terms.code.dtype} numbers, not integers"
+    kind = "int" if terms.code.dtype == "i32" else terms.code.dtype
+    if kind not in ("int", "f8e4m3", "f8e5m2") or (kind != "int" and terms.zero is not None):
+        return f"its codes are {kind} numbers"
     group, perm = format.group_size(N, K), None
     if group is None:
         perm = _order(packed, located["group"]) if "group" in located else None
@@ -173,7 +177,7 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     group = math.gcd(K, group or _longest_run(packed, terms, columns))
     if group < SHORTEST:
         return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
-    signed = interval(terms.code)[0] < 0
+    signed = kind == "int" and interval(terms.code)[0] < 0
     if signed and terms.zero is not None and terms.zero.dtype != "i32":
         return f"signed codes with {terms.zero.dtype} zeros"
     # Lanes hold codes from 0 on: signed ones and their zeros move up together.
@@ -183,7 +187,7 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     )
     assert scale is not None  # every format with terms has one
     layout = Lanes(
-        bits=interval(terms.code)[1].bit_length() + signed,
+        bits=interval(terms.code)[1].bit_length() + signed if kind == "int" else 8,
         group=group,
         table=terms.table,
         zero=_zero_kind(zero),
@@ -191,8 +195,10 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
         rounding=terms.rounding,
         offset=None if offset is None else NAMES[offset.dtype],
         factor=terms.factor,
+        code=kind,
     )
     code = _at(packed, terms.code + 128 if signed else terms.code, columns)
+    code = code if kind == "int" else code.view(torch.uint8)
     return Packed(layout, pack_lanes(layout, code, scale, zero, offset), N, K), perm
 
 

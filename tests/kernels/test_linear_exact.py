@@ -21,6 +21,9 @@ FORMATS = [
     Lanes(3, 16, NF4[:8], scale="f16"),
     Lanes(4, 8, None, 8.0, "bf16"),
     Lanes(5, 9, None, "f32", "f16", offset="f16", factor=0.5),
+    Lanes(8, 32, code="f8e4m3"),
+    Lanes(8, 16, scale="bf16", rounding="product-bf16", code="f8e4m3"),
+    Lanes(8, 96, code="f8e5m2"),
     LanesDense("f32"),
     LanesDense("bf16"),
 ]
@@ -35,6 +38,7 @@ def stored(format: Lanes | LanesDense, n: int, k: int) -> Tensors:
         }
     groups = k // format.group
     codes = torch.randint(len(format.table) if format.table else 1 << format.bits, (n, k))
+    codes = codes & 0xBB if format.code != "int" else codes  # no NaN, no infinity
     zeros = torch.randint(1 << format.bits, (n, groups)) + 0.25
     return pack_lanes(format, codes, torch.rand(n, groups) + 0.5, zeros, torch.randn(n, groups))
 
@@ -48,7 +52,11 @@ def part(format: Lanes | LanesDense, n: int, k: int) -> tuple[Lanes | LanesDense
     return format, n, stored(format, n, k)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f.kind}-{getattr(f, 'bits', f)}-{getattr(f, 'zero', '')}")
+@pytest.mark.parametrize(
+    "format",
+    FORMATS,
+    ids=lambda f: f"{f.kind}-{getattr(f, 'bits', f)}-{getattr(f, 'zero', '')}-{getattr(f, 'code', '')}",
+)
 def test_layouts(format: Lanes | LanesDense) -> None:
     """Few rows and many, outputs that fill no block, inputs that fill no word."""
     k = 288
