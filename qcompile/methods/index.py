@@ -21,8 +21,11 @@ METHODS: dict[str, str] = {
     "hqq": "qcompile.methods.hqq:Hqq",
     "eetq": "qcompile.methods.eetq:Eetq",
     "gguf": "qcompile.methods.gguf:Gguf",
+    "fouroversix": "qcompile.methods.fouroversix:FourOverSix",
     "bitnet": "qcompile.methods.bitnet:BitNet",
     "fbgemm_fp8": "qcompile.methods.fbgemm_fp8:FbgemmFp8",
+    "fp8": "qcompile.methods.fp8:FineGrainedFp8",
+    "mxfp8": "qcompile.methods.fp8:Mxfp8",
     "metal": "qcompile.methods.metal:Metal",
 }
 
