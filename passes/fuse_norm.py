@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import shape
+from qcompile.passes.graph import shape, value
 from qcompile.passes.pattern import Match, Pattern, rewrite
 from qcompile.program import Program
 
@@ -30,7 +30,7 @@ def _shifted(x: Any, dims: Any, eps: Any, weight: Any, offset: Any) -> Any:
 
 
 def _over_last(match: Match) -> str | None:
-    rank = match["x"].meta["val"].dim()
+    rank = value(match["x"]).dim()
     dims = match["dims"] if isinstance(match["dims"], (list, tuple)) else [match["dims"]]
     if [d % rank for d in dims] != [rank - 1]:
         return f"the mean is over dimensions {list(dims)}, not over the last"
@@ -49,7 +49,7 @@ def _offset_is_number(match: Match) -> str | None:
 
 
 def _ones(x: Any) -> Any:
-    return aten.ones.default([x.node.meta["val"].shape[-1]])
+    return aten.ones.default([value(x.node).shape[-1]])
 
 
 def _has_weight(match: Match) -> str | None:

@@ -45,9 +45,14 @@ def expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
+def value(node: Node) -> Any:
+    """The FakeTensor that a node stands for; a node that this pass has made stands for what it replaced."""
+    return node.meta["val"] if "val" in node.meta else node.meta["expected"]
+
+
 def shape(node: Node) -> tuple[Any, ...]:
     """The shape of a node's value, comparable with ==."""
-    return tuple(expression(size) for size in node.meta["val"].shape)
+    return tuple(expression(size) for size in value(node).shape)
 
 
 def same_type(a: Any, b: Any) -> bool:

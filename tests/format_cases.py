@@ -7,7 +7,21 @@ import torch
 from qcompile.dtypes import DTYPES
 from qcompile.expr import FLOATS
 from qcompile.format import Format, Stored
-from qcompile.formats import awq, bitsandbytes, dense, eetq, gguf, gguf_k, gptq, hqq, integer, lanes, minifloat
+from qcompile.formats import (
+    awq,
+    bitnet,
+    bitsandbytes,
+    dense,
+    eetq,
+    gguf,
+    gguf_k,
+    gptq,
+    hqq,
+    integer,
+    lanes,
+    minifloat,
+    mlx,
+)
 
 NF4 = (-1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
 CASES: list[tuple[Format, int, int]] = [
@@ -27,6 +41,7 @@ CASES: list[tuple[Format, int, int]] = [
     *((bitsandbytes.Bnb4(table), N, K) for table in ("nf4", "fp4") for N, K in ((3, 64), (3, 5), (7, 96))),
     (bitsandbytes.Bnb4("nf4", 64, 256, 0.25), 300, 96),
     (bitsandbytes.BnbInt8(), 5, 9),
+    *((bitnet.Ternary(scale, inverse), N, 24) for scale, inverse, N in (("bf16", True, 12), ("f32", False, 7))),
     (eetq.Eetq(), 64, 128),
     (eetq.Eetq("f32"), 128, 64),
     *((minifloat.Fp8(dtype, columns=16), 19, 48) for dtype in ("f8e4m3", "f8e5m2")),
@@ -37,6 +52,7 @@ CASES: list[tuple[Format, int, int]] = [
     (integer.Int8(), 19, 24),
     (integer.Int8("i8", "bf16", "i8", 1, 8, "each-bf16"), 3, 24),
     (integer.Int8("u8", "f16", "u8", 16, 40), 35, 80),
+    *((mlx.Mlx(bits, 32, "bf16" if bits == 4 else "f16"), 5, 96) for bits in (1, 2, 3, 4, 5, 6, 8)),
     *((dense.Dense(dtype), 3, 5) for dtype in ("f32", "f16", "bf16")),
     *((cls(), 3, 96) for cls in (gguf.Q4_0, gguf.Q4_1, gguf.Q5_0, gguf.Q5_1, gguf.Q8_0)),
     (gguf.Q6_K(), 3, 512),
