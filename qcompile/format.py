@@ -36,6 +36,9 @@ FORMATS: dict[str, str] = {
     "int8": "qcompile.formats.integer:Int8",
     "mlx": "qcompile.formats.mlx:Mlx",
     "bitnet": "qcompile.formats.bitnet:Ternary",
+    "torchao-int4": "qcompile.formats.torchao:Int4Rows",
+    "torchao-int4-tiles": "qcompile.formats.torchao:Int4Tiles",
+    "higgs": "qcompile.formats.higgs:Higgs",
     "dense": "qcompile.formats.dense:Dense",
     "gguf-q4_0": "qcompile.formats.gguf:Q4_0",
     "gguf-q4_1": "qcompile.formats.gguf:Q4_1",
@@ -50,6 +53,7 @@ FORMATS: dict[str, str] = {
     "gguf-iq4_nl": "qcompile.formats.gguf_k:IQ4_NL",
     "gguf-iq4_xs": "qcompile.formats.gguf_k:IQ4_XS",
     "fouroversix": "qcompile.formats.fouroversix:FourOverSix",
+    "fp-quant": "qcompile.formats.fp_quant:FpQuant",
     "lanes": "qcompile.formats.lanes:Lanes",
     "lanes-dense": "qcompile.formats.lanes:LanesDense",
 }

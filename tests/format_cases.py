@@ -11,22 +11,26 @@ from qcompile.formats import (
     awq,
     bitnet,
     bitsandbytes,
+    bitstream,
     dense,
     eetq,
     gguf,
     gguf_k,
     gptq,
+    higgs,
     hqq,
     integer,
     lanes,
     minifloat,
     mlx,
+    torchao,
 )
 
 NF4 = (-1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
 CASES: list[tuple[Format, int, int]] = [
     *((gptq.Gptq(bits, 32, v1), 33, 64) for bits in (2, 3, 4, 8) for v1 in (True, False)),
     *((gptq.Gptq(bits, 64, v1, planar=True), 32, 64) for bits in (3, 5, 6, 7) for v1 in (True, False)),
+    *((gptq.Gptq(bits, 32, v1, by_field=True), 64, 96) for bits in range(2, 9) for v1 in (True, False)),
     (gptq.Gptq(4, 32, indirect=True), 17, 96),
     (gptq.Gptq(4, 24, scale="bf16"), 5, 40),  # the last group is short
     (gptq.Gptq(8, 1000), 12, 20),
@@ -42,6 +46,8 @@ CASES: list[tuple[Format, int, int]] = [
     (bitsandbytes.Bnb4("nf4", 64, 256, 0.25), 300, 96),
     (bitsandbytes.BnbInt8(), 5, 9),
     *((bitnet.Ternary(scale, inverse), N, 24) for scale, inverse, N in (("bf16", True, 12), ("f32", False, 7))),
+    *((higgs.Higgs(bits, 64, tile), 512, 64) for bits, tile in ((2, 32), (2, 64), (3, 32), (4, 64))),
+    (higgs.Higgs(4, 64, dtype="bf16"), 128, 128),
     (eetq.Eetq(), 64, 128),
     (eetq.Eetq("f32"), 128, 64),
     *((minifloat.Fp8(dtype, columns=16), 19, 48) for dtype in ("f8e4m3", "f8e5m2")),
@@ -49,10 +55,17 @@ CASES: list[tuple[Format, int, int]] = [
     (minifloat.Fp8(scale="u8", columns=32), 3, 64),
     (minifloat.Fp4(32), 19, 64),
     *((minifloat.Fp4(16, "f8e4m3", tensor), 5, 48) for tensor in ("", "multiply", "divide")),
+    *((minifloat.Fp6(element), 5, 64) for element in ("e2m3", "e3m2")),
+    *((bitstream.Bitstream(bits, 1, 16, zero="packed"), 21, 48) for bits in range(1, 9)),
+    *((bitstream.Bitstream(bits, 1, 16, "f32", "packed", padded=True), 21, 48) for bits in (3, 5, 6, 7)),
+    (bitstream.Bitstream(4, 0, 0, "f16", "i8"), 5, 33),
+    (bitstream.Bitstream(4, 1, 16, indirect=True), 5, 48),
     (integer.Int8(), 19, 24),
     (integer.Int8("i8", "bf16", "i8", 1, 8, "each-bf16"), 3, 24),
     (integer.Int8("u8", "f16", "u8", 16, 40), 35, 80),
     *((mlx.Mlx(bits, 32, "bf16" if bits == 4 else "f16"), 5, 96) for bits in (1, 2, 3, 4, 5, 6, 8)),
+    *((torchao.Int4Rows(32, scale), 19, 96) for scale in ("bf16", "f32")),
+    (torchao.Int4Tiles(64), 19, 192),
     *((dense.Dense(dtype), 3, 5) for dtype in ("f32", "f16", "bf16")),
     *((cls(), 3, 96) for cls in (gguf.Q4_0, gguf.Q4_1, gguf.Q5_0, gguf.Q5_1, gguf.Q8_0)),
     (gguf.Q6_K(), 3, 512),
@@ -79,6 +92,6 @@ def random_storage(format: Format, N: int, K: int, seed: int = 0) -> dict[str, t
     """Stored tensors with random content; indices are legal ones."""
     out = {s.name: random_tensor(s, seed + i) for i, s in enumerate(format.stored(N, K))}
     if "g_idx" in out:
-        groups = out["scales"].shape[0]
+        groups = out["scales"].shape[0] if "scales" in out else out["scale"].shape[1]
         out["g_idx"] = torch.randperm(K, generator=torch.Generator().manual_seed(seed)).to(torch.int32) % groups
     return out

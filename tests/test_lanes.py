@@ -20,6 +20,7 @@ REFUSED = {  # kinds with at least one case whose scales change too often
     "hqq": "only 1 consecutive inputs share a scale, fewer than 8",
     "bnb4": "only 1 consecutive inputs share a scale, fewer than 8",
     "gptq": "only 4 consecutive inputs share a scale, fewer than 8",
+    "higgs": "a weight of format 'higgs' is not a code times a scale",
 }
 
 

@@ -20,13 +20,17 @@ METHODS: dict[str, str] = {
     "bitsandbytes": "qcompile.methods.bitsandbytes:Bnb",
     "hqq": "qcompile.methods.hqq:Hqq",
     "eetq": "qcompile.methods.eetq:Eetq",
+    "mxfp4": "qcompile.methods.mxfp4:Mxfp4",
     "gguf": "qcompile.methods.gguf:Gguf",
     "fouroversix": "qcompile.methods.fouroversix:FourOverSix",
+    "fp_quant": "qcompile.methods.fp_quant:FpQuant",
     "bitnet": "qcompile.methods.bitnet:BitNet",
+    "higgs": "qcompile.methods.higgs:Higgs",
     "fbgemm_fp8": "qcompile.methods.fbgemm_fp8:FbgemmFp8",
     "fp8": "qcompile.methods.fp8:FineGrainedFp8",
     "mxfp8": "qcompile.methods.fp8:Mxfp8",
     "metal": "qcompile.methods.metal:Metal",
+    "auto-round": "qcompile.methods.auto_round:AutoRound",
 }
 
 
