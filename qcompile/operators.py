@@ -38,8 +38,10 @@ ATEN = frozenset(
     """.split()  # noqa: SIM905  a list of quoted names would fill a page
 )
 QCOMPILE = frozenset(
-    {"attention", "cached_attention", "dequantize", "embedding", "linear", "rms_norm", "rope", "transform"}
-)
+    {
+        "attention", "cached_attention", "dequantize", "embedding", "experts", "linear", "rms_norm", "rope", "transform",
+    }
+)  # fmt: skip
 MEMORY_FORMATS = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,
@@ -82,7 +84,7 @@ def eager(name: str) -> Callable[..., Any]:
             f"an operator is not known{hint}", found=repr(name[:80]), expected="an operator of the closed table"
         )
     if parts[0] == "qcompile":
-        import qcompile.ops  # noqa: F401  registers the operators
+        import qcompile.experts  # noqa: F401  registers the operators, with those of qcompile.ops
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     if packet is None or parts[2] not in packet.overloads():
         raise ArtifactError(

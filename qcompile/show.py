@@ -53,16 +53,16 @@ def _format(data: dict[str, Any]) -> str:
 
 
 def _spec(data: dict[str, Any]) -> str:
-    """A `LinearSpec` in the order in which it computes."""
-    parts = []
-    if data["prologue"]:
+    """A `LinearSpec` in the order in which it computes, or an `ExpertsSpec`."""
+    parts = [f"{data['experts']} experts of"] if "experts" in data else []
+    if data.get("prologue"):
         parts.append(f"{data['prologue']['op']} ->")
     parts.append(" & ".join(f"{_format(part['format'])}[{part['n']}, {data['k']}]" for part in data["parts"]))
-    if data["bias"]:
+    if data.get("bias"):
         parts.append("+ bias")
-    for step in data["epilogue"]:
+    for step in data.get("epilogue", ()):
         parts.append(f"-> {step['op']}" + (f"({step['act']})" if "act" in step else ""))
-    if data["accuracy"] != "exact":
+    if data.get("accuracy", "exact") != "exact":
         parts.append(f"in {data['accuracy']}")
     return f'"{" ".join(parts)}"'
 

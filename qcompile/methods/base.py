@@ -133,12 +133,15 @@ class Quantized:
 class Method(ABC):
     """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order.
 
-    `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count.
+    `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count. `experts` is
+    true for methods that convert the fused weights of a mixture of experts: `select` then sees modules of the kind
+    "Experts", `read` gives their weight [E * N, K], and `quantize` is asked for each expert as for a linear layer.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
     formats: ClassVar[tuple[str, ...]]
+    experts: ClassVar[bool] = False
 
     def recognise(self, model_config: Mapping[str, Any], source: TensorSource) -> dict[str, Any] | None:
         """The quantization config of a checkpoint whose config.json names no `quant_method`, if it is this method's."""
