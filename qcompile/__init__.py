@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from qcompile.compiler import compile
     from qcompile.errors import QCompileError
     from qcompile.loading import load
+    from qcompile.methods.index import register_method
     from qcompile.runtime.model import CompiledModel
 
-__all__ = ["CompiledModel", "QCompileError", "compile", "load"]
+__all__ = ["CompiledModel", "QCompileError", "compile", "load", "register_method"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "QCompileError": "qcompile.errors",
     "compile": "qcompile.compiler",
     "load": "qcompile.loading",
+    "register_method": "qcompile.methods.index",
 }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from qcompile.errors import ArtifactError, InternalError, near
+from qcompile.errors import ArtifactError, near
+from qcompile.registry import Registry
 
 
 class Described:
@@ -24,22 +24,18 @@ class Described:
         return {"kind": self.kind} | {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def class_of(what: str, table: Mapping[str, str], kind: Any) -> Any:
-    """The class that `table` (kind -> "module:Class") has for `kind`; ArtifactError for an unknown one."""
-    if not isinstance(kind, str) or kind not in table:
+def class_of(table: Registry, kind: Any) -> Any:
+    """The class that `table` has for `kind`; ArtifactError for an unknown one."""
+    if not table.has(kind):
         raise ArtifactError(
-            f"unknown {what}{near(str(kind), table)}", found=repr(kind), expected=", ".join(table)
-        )  # fmt: skip
-    module, name = table[kind].split(":")
-    found = getattr(importlib.import_module(module), name)
-    if found.kind != kind:
-        raise InternalError(f"the table of {what}s names the wrong class", found=f"kind {found.kind!r}", expected=kind)
-    return found
+            f"unknown {table.what}{near(str(kind), table)}", found=repr(kind), expected=", ".join(table)
+        )
+    return table.load(kind)
 
 
-def from_json(what: str, table: Mapping[str, str], data: Mapping[str, Any]) -> Any:
+def from_json(table: Registry, data: Mapping[str, Any]) -> Any:
     """What `to_json` described; ArtifactError for an unknown kind, or an unknown or mistyped parameter."""
-    cls = class_of(what, table, data.get("kind", ""))
+    cls, what = class_of(table, data.get("kind", "")), table.what
     hints = _hints(cls)
     known = {f.name: f for f in fields(cls)}
     values: dict[str, Any] = {}

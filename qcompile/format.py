@@ -16,47 +16,52 @@ from qcompile.dtypes import DTYPES, NAMES, itemsize
 from qcompile.errors import CheckpointError, InternalError
 from qcompile.expr import Expr, Operand, load
 from qcompile.expr import field as named
+from qcompile.registry import Registry
 
 if TYPE_CHECKING:
     from qcompile.transform import Applied
 
-FORMATS: dict[str, str] = {
-    "gptq": "qcompile.formats.gptq:Gptq",
-    "awq": "qcompile.formats.awq:Awq",
-    "awq-gemv": "qcompile.formats.awq:AwqGemv",
-    "awq-gemv-fast": "qcompile.formats.awq:AwqGemvFast",
-    "hqq": "qcompile.formats.hqq:Hqq",
-    "bnb4": "qcompile.formats.bitsandbytes:Bnb4",
-    "bnb-int8": "qcompile.formats.bitsandbytes:BnbInt8",
-    "eetq": "qcompile.formats.eetq:Eetq",
-    "fp8": "qcompile.formats.minifloat:Fp8",
-    "fp4": "qcompile.formats.minifloat:Fp4",
-    "fp6": "qcompile.formats.minifloat:Fp6",
-    "bitstream": "qcompile.formats.bitstream:Bitstream",
-    "int8": "qcompile.formats.integer:Int8",
-    "mlx": "qcompile.formats.mlx:Mlx",
-    "bitnet": "qcompile.formats.bitnet:Ternary",
-    "torchao-int4": "qcompile.formats.torchao:Int4Rows",
-    "torchao-int4-tiles": "qcompile.formats.torchao:Int4Tiles",
-    "higgs": "qcompile.formats.higgs:Higgs",
-    "dense": "qcompile.formats.dense:Dense",
-    "gguf-q4_0": "qcompile.formats.gguf:Q4_0",
-    "gguf-q4_1": "qcompile.formats.gguf:Q4_1",
-    "gguf-q5_0": "qcompile.formats.gguf:Q5_0",
-    "gguf-q5_1": "qcompile.formats.gguf:Q5_1",
-    "gguf-q8_0": "qcompile.formats.gguf:Q8_0",
-    "gguf-q6_k": "qcompile.formats.gguf:Q6_K",
-    "gguf-q2_k": "qcompile.formats.gguf_k:Q2_K",
-    "gguf-q3_k": "qcompile.formats.gguf_k:Q3_K",
-    "gguf-q4_k": "qcompile.formats.gguf_k:Q4_K",
-    "gguf-q5_k": "qcompile.formats.gguf_k:Q5_K",
-    "gguf-iq4_nl": "qcompile.formats.gguf_k:IQ4_NL",
-    "gguf-iq4_xs": "qcompile.formats.gguf_k:IQ4_XS",
-    "fouroversix": "qcompile.formats.fouroversix:FourOverSix",
-    "fp-quant": "qcompile.formats.fp_quant:FpQuant",
-    "lanes": "qcompile.formats.lanes:Lanes",
-    "lanes-dense": "qcompile.formats.lanes:LanesDense",
-}
+FORMATS = Registry(
+    "format",
+    {
+        "gptq": "qcompile.formats.gptq:Gptq",
+        "awq": "qcompile.formats.awq:Awq",
+        "awq-gemv": "qcompile.formats.awq:AwqGemv",
+        "awq-gemv-fast": "qcompile.formats.awq:AwqGemvFast",
+        "hqq": "qcompile.formats.hqq:Hqq",
+        "bnb4": "qcompile.formats.bitsandbytes:Bnb4",
+        "bnb-int8": "qcompile.formats.bitsandbytes:BnbInt8",
+        "eetq": "qcompile.formats.eetq:Eetq",
+        "fp8": "qcompile.formats.minifloat:Fp8",
+        "fp4": "qcompile.formats.minifloat:Fp4",
+        "fp6": "qcompile.formats.minifloat:Fp6",
+        "bitstream": "qcompile.formats.bitstream:Bitstream",
+        "int8": "qcompile.formats.integer:Int8",
+    "quark-int4": "qcompile.formats.quark:QuarkInt4",
+        "mlx": "qcompile.formats.mlx:Mlx",
+        "bitnet": "qcompile.formats.bitnet:Ternary",
+        "torchao-int4": "qcompile.formats.torchao:Int4Rows",
+        "torchao-int4-tiles": "qcompile.formats.torchao:Int4Tiles",
+        "higgs": "qcompile.formats.higgs:Higgs",
+        "dense": "qcompile.formats.dense:Dense",
+        "gguf-q4_0": "qcompile.formats.gguf:Q4_0",
+        "gguf-q4_1": "qcompile.formats.gguf:Q4_1",
+        "gguf-q5_0": "qcompile.formats.gguf:Q5_0",
+        "gguf-q5_1": "qcompile.formats.gguf:Q5_1",
+        "gguf-q8_0": "qcompile.formats.gguf:Q8_0",
+        "gguf-q6_k": "qcompile.formats.gguf:Q6_K",
+        "gguf-q2_k": "qcompile.formats.gguf_k:Q2_K",
+        "gguf-q3_k": "qcompile.formats.gguf_k:Q3_K",
+        "gguf-q4_k": "qcompile.formats.gguf_k:Q4_K",
+        "gguf-q5_k": "qcompile.formats.gguf_k:Q5_K",
+        "gguf-iq4_nl": "qcompile.formats.gguf_k:IQ4_NL",
+        "gguf-iq4_xs": "qcompile.formats.gguf_k:IQ4_XS",
+        "fouroversix": "qcompile.formats.fouroversix:FourOverSix",
+        "fp-quant": "qcompile.formats.fp_quant:FpQuant",
+        "lanes": "qcompile.formats.lanes:Lanes",
+        "lanes-dense": "qcompile.formats.lanes:LanesDense",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Format(Described, ABC):
 
 def format_class(kind: str) -> type[Format]:
     """The class registered for `kind`; ArtifactError for an unknown one."""
-    found: type[Format] = class_of("format", FORMATS, kind)
+    found: type[Format] = class_of(FORMATS, kind)
     return found
 
 
@@ -152,7 +157,7 @@ def format_from_json(data: Mapping[str, Any]) -> Format:
     >>> format_from_json({"kind": "dense", "dtype": "f16"})
     Dense(dtype='f16')
     """
-    found: Format = from_json("format", FORMATS, data)
+    found: Format = from_json(FORMATS, data)
     return found
 
 

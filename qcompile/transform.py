@@ -11,20 +11,26 @@ from torch import Tensor
 
 from qcompile.described import Described, from_json
 from qcompile.format import Stored, check_tensors
+from qcompile.registry import Registry
 
-TRANSFORMS: dict[str, str] = {
-    "permute": "qcompile.transforms.linear:Permute",
-    "scale": "qcompile.transforms.linear:Scale",
-    "hadamard": "qcompile.transforms.linear:Hadamard",
-    "rotate": "qcompile.transforms.linear:Rotate",
-    "rms-norm": "qcompile.transforms.norm:RmsNorm",
-    "round-to": "qcompile.transforms.cast:RoundTo",
-    "llm-int8": "qcompile.transforms.llm_int8:LlmInt8",
-    "round-int": "qcompile.transforms.round_int:RoundInt",
-    "round-float": "qcompile.transforms.round_float:RoundFloat",
-    "round-mx": "qcompile.transforms.round_float:RoundMx",
-    "round-nvfp4": "qcompile.transforms.round_float:RoundNvfp4",
-}
+TRANSFORMS = Registry(
+    "transform",
+    {
+        "permute": "qcompile.transforms.linear:Permute",
+        "scale": "qcompile.transforms.linear:Scale",
+        "hadamard": "qcompile.transforms.linear:Hadamard",
+        "rotate": "qcompile.transforms.linear:Rotate",
+        "rms-norm": "qcompile.transforms.norm:RmsNorm",
+        "round-to": "qcompile.transforms.cast:RoundTo",
+        "llm-int8": "qcompile.transforms.llm_int8:LlmInt8",
+        "round-int": "qcompile.transforms.round_int:RoundInt",
+        "round-float": "qcompile.transforms.round_float:RoundFloat",
+        "round-mx": "qcompile.transforms.round_float:RoundMx",
+        "round-nvfp4": "qcompile.transforms.round_float:RoundNvfp4",
+        "round-four-over-six": "qcompile.transforms.four_over_six:RoundFourOverSix",
+        "round-fp-quant": "qcompile.transforms.fp_quant:RoundFpQuant",
+    },
+)
 
 
 class Transform(Described, ABC):
@@ -84,7 +90,7 @@ def transform_from_json(data: Mapping[str, Any]) -> Transform:
     >>> transform_from_json({"kind": "hadamard", "size": 512})
     Hadamard(size=512)
     """
-    found: Transform = from_json("transform", TRANSFORMS, data)
+    found: Transform = from_json(TRANSFORMS, data)
     return found
 
 

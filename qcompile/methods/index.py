@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import CheckpointError, ConfigError, near
+from qcompile.format import FORMATS, Format
 from qcompile.methods.base import Method, MethodConfig
+from qcompile.registry import Registry
+from qcompile.transform import TRANSFORMS, Transform
 
 if TYPE_CHECKING:
     from qcompile.sources import TensorSource
 
-METHODS: dict[str, str] = {
-    "gptq": "qcompile.methods.gptq:Gptq",
-    "awq": "qcompile.methods.awq:Awq",
-    "bitsandbytes": "qcompile.methods.bitsandbytes:Bnb",
-    "hqq": "qcompile.methods.hqq:Hqq",
-    "eetq": "qcompile.methods.eetq:Eetq",
-    "mxfp4": "qcompile.methods.mxfp4:Mxfp4",
-    "gguf": "qcompile.methods.gguf:Gguf",
-    "fouroversix": "qcompile.methods.fouroversix:FourOverSix",
-    "fp_quant": "qcompile.methods.fp_quant:FpQuant",
-    "bitnet": "qcompile.methods.bitnet:BitNet",
-    "higgs": "qcompile.methods.higgs:Higgs",
-    "fbgemm_fp8": "qcompile.methods.fbgemm_fp8:FbgemmFp8",
-    "fp8": "qcompile.methods.fp8:FineGrainedFp8",
-    "mxfp8": "qcompile.methods.fp8:Mxfp8",
-    "metal": "qcompile.methods.metal:Metal",
-    "auto-round": "qcompile.methods.auto_round:AutoRound",
-}
+METHODS = Registry(
+    "quantization method",
+    {
+        "gptq": "qcompile.methods.gptq:Gptq",
+        "awq": "qcompile.methods.awq:Awq",
+        "bitsandbytes": "qcompile.methods.bitsandbytes:Bnb",
+        "hqq": "qcompile.methods.hqq:Hqq",
+        "eetq": "qcompile.methods.eetq:Eetq",
+        "mxfp4": "qcompile.methods.mxfp4:Mxfp4",
+        "gguf": "qcompile.methods.gguf:Gguf",
+        "fouroversix": "qcompile.methods.fouroversix:FourOverSix",
+        "fp_quant": "qcompile.methods.fp_quant:FpQuant",
+        "bitnet": "qcompile.methods.bitnet:BitNet",
+        "higgs": "qcompile.methods.higgs:Higgs",
+        "fbgemm_fp8": "qcompile.methods.fbgemm_fp8:FbgemmFp8",
+        "fp8": "qcompile.methods.fp8:FineGrainedFp8",
+        "mxfp8": "qcompile.methods.fp8:Mxfp8",
+    "quark": "qcompile.methods.quark:Quark",
+        "metal": "qcompile.methods.metal:Metal",
+        "auto-round": "qcompile.methods.auto_round:AutoRound",
+    },
+)
 
 
 def method(name: str) -> Method:
     """The method of a `quant_method` name; ConfigError for an unknown one."""
-    if name not in METHODS:
+    if not METHODS.has(name):
         raise ConfigError(
             "unknown quantization method",
             where="field 'quant_method'",
             found=f"{name!r}{near(str(name), METHODS)}",
             expected=", ".join(METHODS),
         )
-    module, attribute = METHODS[name].split(":")
-    found: Method = getattr(importlib.import_module(module), attribute)()
+    found: Method = METHODS.load(name)()
     return found
+
+
+def register_method(
+    method: type[Method], *, formats: Sequence[type[Format]] = (), transforms: Sequence[type[Transform]] = ()
+) -> None:
+    """Add a method that lives outside of qcompile, with the formats and transforms of its own.
+
+    Registering the same classes again changes nothing; ConfigError when a name belongs to somebody else. A package adds
+    its method for every process by an entry point of the group "qcompile.methods": a function that calls this one.
+    Artifacts name formats and transforms, so a process that loads one must have them registered as well.
+    """
+    METHODS.add(method.name, method)
+    for format in formats:
+        FORMATS.add(format.kind, format)
+    for transform in transforms:
+        TRANSFORMS.add(transform.kind, transform)
 
 
 def parse_config(
