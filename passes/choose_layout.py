@@ -12,6 +12,7 @@ from torch.fx import Node
 from qcompile.backend import Layout
 from qcompile.format import Format, Packed, format_from_json
 from qcompile.ops import Part, activation_group
+from qcompile.original import beside
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import call, forget, is_call, substitute, tensor_node, unused_name
 from qcompile.passes.linears import Linear, owners, packed
@@ -95,13 +96,25 @@ class ChooseLayout(Pass):
         order = None
         if layout.order is not None:
             order = self._order(program, f"{base}.order", layout.order)
+        wanted = beside(weight.format, weight.n, weight.k)
+        kept = {
+            s.name: node.meta["tensor"]
+            for s, node in zip(weight.format.stored(weight.n, weight.k), weight.stored, strict=True)
+            if s.name in wanted
+        }
+        held = {name: program.tensors[name] for name in kept.values()}
         for path in paths:
             record = program.weights[path]
             program.weights[path] = replace(
-                record, format=after.format.to_json(), tensors=names, order=order.meta["tensor"] if order else None
+                record,
+                format=after.format.to_json(),
+                tensors=names,
+                order=order.meta["tensor"] if order else None,
+                origin=None if record.origin is None else replace(record.origin, kept=kept),
             )
         weight.readers = [self._relink(node, nodes, after, order) for node in weight.readers]
         forget(program, weight.stored)
+        program.tensors |= held
         weight.stored, weight.format = nodes, after.format
 
     def _order(self, program: Program, name: str, order: torch.Tensor) -> Node:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-from qcompile.artifact import TransformRecord, WeightRecord
+from qcompile.artifact import Origin, TransformRecord, WeightRecord
 from qcompile.dtypes import NAMES
 from qcompile.errors import CheckpointError, InternalError
 from qcompile.evaluate import dequantize
@@ -174,7 +174,9 @@ class Quantize(Pass):
             shared and f"stored once, with {shared}",
         )
         bits = format_from_json(record.format).bits_per_weight(record.n, record.k)
-        program.weights[module.path] = record
+        assert record.origin is not None  # every weight that is placed has one
+        origin = replace(record.origin, module=module, quantized=not skipped)
+        program.weights[module.path] = replace(record, origin=origin)
         ctx.report.weight(
             WeightRow(
                 module.path,
@@ -263,10 +265,18 @@ def _place(program: Program, module: Module, packed: Packed) -> _Placed:
     before = [_around(program, module, each) for each in packed.before]
     residual = None if packed.residual is None else _around(program, module, packed.residual)
     bias = None if packed.bias is None else _keep(program, module, "bias", packed.bias)
-    record = WeightRecord(
-        packed.format.to_json(), names, packed.N, packed.K, 0, module.n, before=tuple(before), residual=residual
-    )
     after = [_around(program, module, each) for each in packed.after]
+    record = WeightRecord(
+        packed.format.to_json(),
+        names,
+        packed.N,
+        packed.K,
+        0,
+        module.n,
+        before=tuple(before),
+        residual=residual,
+        origin=Origin(module, packed.format.to_json(), after=tuple(after), bias=bias),
+    )
     said = [each.transform.summary() for each in packed.before]
     said += [f"+ {packed.residual.transform.summary()}"] if packed.residual is not None else []
     said += [f"output {each.transform.summary()}" for each in packed.after]

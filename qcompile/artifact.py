@@ -162,13 +162,60 @@ class TransformRecord:
 
 
 @dataclass(frozen=True)
+class Module:
+    """A module of the source model that holds a weight.
+
+    `kind` is "Linear", "Conv1D" (weight [K, N]) or "Embedding"; `n` outputs (rows of an embedding), `k` inputs.
+    `weight` and `bias` are tensor names in the source (bias is None where there is none).
+    `tied` names other modules that share the weight. `output_embedding` is true for a language model's head.
+    `last_parameter` is true when the weight is the last of the model's named parameters, and `keep_f32` when the
+    architecture asks for float32 here (transformers' `_keep_in_fp32_modules`): methods skip both by default.
+    """
+
+    path: str
+    kind: Literal["Linear", "Conv1D", "Embedding"]
+    n: int
+    k: int
+    weight: str
+    bias: str | None = None
+    dtype: str = "f32"
+    tied: tuple[str, ...] = ()
+    output_embedding: bool = False
+    last_parameter: bool = False
+    keep_f32: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a module's weight was when its method had packed it, for writing a checkpoint again.
+
+    `format` (its JSON) is what the method packed it in; `quantized` is false where the method left it dense. `kept` are
+    the tensors of that format (stored name -> name of a tensor) that the layout used now does not say. `after` happens to
+    y behind the matmul, and `bias` names the tensor that stands for the module's own.
+    """
+
+    module: Module
+    format: dict[str, Any]
+    quantized: bool = True
+    kept: dict[str, str] = field(default_factory=dict)
+    after: tuple[TransformRecord, ...] = ()
+    bias: str | None = None
+
+    def names(self) -> set[str]:
+        """Every tensor that the origin names."""
+        bias = {self.bias} if self.bias is not None else set()
+        return {*self.kept.values(), *(name for each in self.after for name in each.tensors.values())} | bias
+
+
+@dataclass(frozen=True)
 class WeightRecord:
     """Where the weight of a module lies now, and the way back to its value.
 
     The packed weight [n, k] in `format` (its JSON) is held by `tensors` (stored name -> name of a tensor); the module's
     own weight is its `rows` rows from `row` on. `order`, if any, names the i64 [k] tensor that says which input of the
     module each packed column is: module_weight[:, order[i]] = packed[:, i]. `before` is what happens to x, in order,
-    before it meets that weight, and `residual` the part of the weight that the format does not hold.
+    before it meets that weight, and `residual` the part of the weight that the format does not hold. `origin` says what
+    the layout was made from.
     """
 
     format: dict[str, Any]
@@ -180,12 +227,30 @@ class WeightRecord:
     order: str | None = None
     before: tuple[TransformRecord, ...] = ()
     residual: TransformRecord | None = None
+    origin: Origin | None = None
 
     def names(self) -> set[str]:
         """Every tensor that the record names."""
         around = (*self.before, *([self.residual] if self.residual is not None else []))
         order = {self.order} if self.order is not None else set()
-        return {*self.tensors.values(), *(name for each in around for name in each.tensors.values())} | order
+        origin = set() if self.origin is None else self.origin.names()
+        return {*self.tensors.values(), *(name for each in around for name in each.tensors.values())} | order | origin
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the source that is no module's weight: the tensor that holds it now, and the dtype it had."""
+
+    tensor: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What else a compiled model remembers of its source: `parameters` by name, and generation_config.json."""
+
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,6 +261,7 @@ class Artifact:
     tensor, {"tuple" | "list": [...]}, {"dict" | "fields": {...}} hold more of the same; None stands for the one output,
     or a tuple of them. `model_config` and `quantization_config` are as in a model's config.json, for information;
     `generation` holds defaults of generate(); `defaults` the number that fills an input which the caller leaves out.
+    `checkpoint` and each weight's origin are what a checkpoint is written from.
     """
 
     target: str
@@ -210,3 +276,4 @@ class Artifact:
     quantization_config: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, int | float] = field(default_factory=dict)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -221,6 +221,7 @@ def capture_model(model: Any, example_inputs: Any = None, dynamic_shapes: Any = 
         )
     shell: Any = hollow_or_error(model)
     source, config = ModuleState(model), model.config.to_dict()
+    config["architectures"] = [type(model).__name__]  # which only save_pretrained says
     if example_inputs is None:
         return program_of(shell, source, config, None)
     facts = _Facts(shell)

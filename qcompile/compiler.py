@@ -10,6 +10,7 @@ from qcompile.artifact import Artifact, Executable
 from qcompile.backend import Backend, CpuBackend, ReferenceBackend
 from qcompile.capture import capture
 from qcompile.errors import ConfigError, LoweringError
+from qcompile.export import remember
 from qcompile.graphjson import graph_of
 from qcompile.methods.index import parse_config
 from qcompile.passes.base import Context, run_pipeline
@@ -75,7 +76,8 @@ def compile(
         report, backend, method, parsed, fuel, frozenset("*"), show=_only(print_after, show), progress=progress
     )
     run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
-    tensors, executable, kernels = dict(program.tensors), None, dict[str, "Built"]()
+    checkpoint, lost = remember(program)
+    tensors, executable, kernels = program.tensors | lost, None, dict[str, "Built"]()
     bounds: Bounds | None = None
     if place.backend == "cpu":
         executable, weights = _lower(program, place, accuracy, strict)
@@ -96,6 +98,7 @@ def compile(
         quantization_config=parsed.to_dict() if parsed is not None else None,
         generation=_generation(program.model_config),
         defaults=_defaults(program),
+        checkpoint=checkpoint,
     )
     return CompiledModel(
         Contents(artifact, tensors, kernels, {}, report.to_json(), ctx.snapshots),

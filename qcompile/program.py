@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from qcompile.artifact import Module as Module
 from qcompile.artifact import WeightRecord as WeightRecord
 from qcompile.dims import Dim
 from qcompile.errors import CheckpointError, ConfigError
@@ -14,30 +15,6 @@ from qcompile.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from qcompile.report import Report
     from qcompile.sources import Ledger, TensorSource
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module of the source model that holds a weight.
-
-    `kind` is "Linear", "Conv1D" (weight [K, N]) or "Embedding"; `n` outputs (rows of an embedding), `k` inputs.
-    `weight` and `bias` are tensor names in the source (bias is None where there is none).
-    `tied` names other modules that share the weight. `output_embedding` is true for a language model's head.
-    `last_parameter` is true when the weight is the last of the model's named parameters, and `keep_f32` when the
-    architecture asks for float32 here (transformers' `_keep_in_fp32_modules`): methods skip both by default.
-    """
-
-    path: str
-    kind: Literal["Linear", "Conv1D", "Embedding"]
-    n: int
-    k: int
-    weight: str
-    bias: str | None = None
-    dtype: str = "f32"
-    tied: tuple[str, ...] = ()
-    output_embedding: bool = False
-    last_parameter: bool = False
-    keep_f32: bool = False
 
 
 @dataclass(frozen=True)

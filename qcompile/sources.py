@@ -20,7 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER, MAX_INDEX, MAX_RANK = 100_000_000, 200_000_000, 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _SIDECAR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.json")
-_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -132,15 +132,15 @@ def read_header(path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
         raise _damaged(path, "the header's metadata are not texts", repr(metadata)[:100], "an object of strings")
     tensors: dict[str, _Stored] = {}
     for name, entry in header.items():
-        known = isinstance(entry, dict) and entry.get("dtype") in _SAFETENSORS_DTYPES
+        known = isinstance(entry, dict) and entry.get("dtype") in SAFETENSORS_DTYPES
         if not known:
             found = entry.get("dtype") if isinstance(entry, dict) else entry
-            raise _damaged(path, f"tensor '{name}' has an unknown dtype", found, ", ".join(_SAFETENSORS_DTYPES))
+            raise _damaged(path, f"tensor '{name}' has an unknown dtype", found, ", ".join(SAFETENSORS_DTYPES))
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
         if not _is_sizes(shape, MAX_RANK) or not _is_sizes(offsets, 2) or len(offsets) != 2:
             expected = "a list of sizes and a pair of offsets"
             raise _damaged(path, f"tensor '{name}' has no valid shape", f"{shape}, {offsets}"[:200], expected)
-        dtype, (begin, end) = _SAFETENSORS_DTYPES[entry["dtype"]], offsets
+        dtype, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], offsets
         bytes_ = math.prod(shape) * dtype.itemsize
         if end - begin != bytes_ or end > size - 8 - length:
             expected = f"{bytes_} bytes for {entry['dtype']} {shape} inside the file's {size - 8 - length}"
@@ -276,6 +276,9 @@ class ModuleState:
         return {}
 
     def sidecar(self, name: str) -> dict[str, Any] | None:
+        generation: Any = getattr(self.module, "generation_config", None)
+        if name == "generation_config.json" and hasattr(generation, "to_diff_dict"):
+            return dict(generation.to_diff_dict())
         return None
 
     def describe(self) -> str:

@@ -254,6 +254,7 @@ def check_artifact(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> N
         outputs |= set(artifact.graph.outputs)
     for record in artifact.weights.values():
         used |= record.names()
+    used |= {parameter.tensor for parameter in artifact.checkpoint.parameters.values()}
     for name in sorted(used - tensors.keys()):
         raise _fail("a weight is missing", name, "nothing", "a tensor of the weights file")
     for name in sorted(tensors.keys() - used):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,6 +252,17 @@ class CompiledModel:
     def save(self, path: str | Path) -> None:
         """Write the artifact: a folder that `load` reads, the same bytes for the same model."""
         write(path, self.contents)
+
+    def export_checkpoint(self, folder: str | Path) -> None:
+        """Write the model to a new folder as its quantization method's own package stores it, for any loader of those.
+
+        It holds config.json, safetensors (in shards when they are large) and what else the method writes; tokenizer
+        files are not part of a compiled model. ConfigError where the method defines no checkpoint, or where the layout
+        of a CPU target has lost what one stores.
+        """
+        # Methods are needed for this alone: a model that only runs does not load them.
+        export = importlib.import_module("qcompile.export")
+        export.export_checkpoint(self.artifact, self.contents.tensors, folder)
 
     def __repr__(self) -> str:
         size = sum(tensor.nbytes for tensor in self.contents.tensors.values())

@@ -172,3 +172,8 @@ class Awq(Method):
             fields["offset"], dtypes["offset"] = -(scale * zero), torch.float16
         wide = {name: part.expand_as(groups).reshape(n, k).to(dtypes[name]) for name, part in fields.items()}
         return stored.packed(fmt, pack(fmt, wide, n, k), module)
+
+    def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
+        if cast(AwqConfig, config).format != "llm-awq":
+            return dict(packed.tensors)
+        return {"scaled_zeros" if name == "qzeros" else name: part for name, part in packed.tensors.items()}

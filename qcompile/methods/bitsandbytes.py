@@ -263,12 +263,41 @@ class Bnb(Method):
             fmt = replace(fmt, offset=offset)
         return stored.packed(fmt, tensors, module)
 
+    def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
+        if isinstance(packed.format, BnbInt8):
+            return {**packed.tensors, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        fmt, tensors = cast(Bnb4, packed.format), packed.tensors
+        state = {
+            "quant_type": fmt.table,
+            "blocksize": fmt.block,
+            "dtype": {"f16": "float16", "bf16": "bfloat16"}.get(module.dtype, "float32"),
+            "shape": [packed.N, packed.K],
+        }
+        storage: torch.dtype = getattr(torch, cast(BnbConfig, config).bnb_4bit_quant_storage)
+        out = {
+            "weight": _labelled(tensors["weight"], storage),
+            "weight.absmax": tensors["absmax"],
+            "weight.quant_map": torch.tensor(entries(fmt.table), dtype=torch.float32),
+        }
+        if fmt.nested:
+            state |= {"nested_blocksize": fmt.nested, "nested_dtype": "float32", "nested_offset": fmt.offset}
+            out["weight.nested_absmax"] = tensors["nested_absmax"]
+            out["weight.nested_quant_map"] = torch.tensor(entries("dynamic"), dtype=torch.float32)
+        out[STATE + fmt.table] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return out
+
     def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
         config = cast(BnbConfig, config)
         notes = without_effect(config)
         if not config.load_in_8bit and config.bnb_4bit_compute_dtype != "float32":
             notes.append(("bnb_4bit_compute_dtype", "weights are unpacked in float32, which is not rounded further"))
         return notes
+
+
+def _labelled(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes u8 [n, 1] under the label of another dtype, zeros filling the last element."""
+    flat = torch.nn.functional.pad(data.reshape(-1), (0, -len(data) % dtype.itemsize))
+    return flat.view(dtype).reshape(-1, 1)
 
 
 def read_state(data: torch.Tensor, name: str, module: Module) -> dict[str, Any]:

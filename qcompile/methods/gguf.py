@@ -90,3 +90,12 @@ class Gguf(Method):
             expected="a .gguf file as the model",
             remedy="quantize with llama.cpp first, or choose bitsandbytes, hqq or eetq",
         )
+
+    def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
+        raise ConfigError(
+            "gguf defines no checkpoint of safetensors",
+            where=module.path,
+            found=f"a weight in {packed.format.kind}",
+            expected="a model of another method",
+            remedy="keep the .gguf file, or compile it under the config of another method, which quantizes it again",
+        )

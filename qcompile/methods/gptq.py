@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -296,3 +296,16 @@ class Gptq(Method):
             "scale": whole(scale, torch.float16),
         }
         return stored.packed(fmt, pack(fmt, tensors, n, k), module)
+
+    def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
+        """The tensors with zeros as `format` stores them, and the group of each input, which loaders expect."""
+        from qcompile.pack import repack
+
+        fmt, tensors = cast("GptqFormat", packed.format), packed.tensors
+        wanted = replace(fmt, v1=cast(GptqConfig, config).format == "gptq")
+        if wanted != fmt:
+            tensors = repack(fmt, wanted, tensors, packed.N, packed.K)
+        return {"g_idx": (torch.arange(packed.K) // fmt.group).to(torch.int32)} | tensors
+
+    def sidecars(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        return {"quantize_config.json": self.stored_config(config, weights)}

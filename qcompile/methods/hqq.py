@@ -331,6 +331,29 @@ class Hqq(Method):
         fields = {"code": whole(code, torch.int32), "zero": whole(zero, dtype), "scale": whole(scale, dtype)}
         return stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
 
+    def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
+        fmt, layer = cast("HqqFormat", packed.format), self._layer(cast(HqqConfig, config), module) or HqqLayer()
+        nbits = layer.nbits if WIDTH[layer.nbits] == fmt.bits else fmt.bits
+        rounds = nbits == 4 if layer.round_zero is None else layer.round_zero
+        numbers = {"nbits": nbits, "group_size": fmt.group, "axis": fmt.axis}
+        flags = {
+            "view_as_float": False, "channel_wise": True, "optimize": layer.optimize, "round_zero": rounds,
+            "quant_scale": False, "quant_zero": False, "offload_meta": False, "stores_quant_config": True,
+            "encoded_state_dict": True,
+        }  # fmt: skip
+        texts = {
+            "packing": next(text for text, bits in PACKING.items() if bits == fmt.bits),
+            "compute_dtype": str(DTYPES[fmt.dtype]),
+            "unpack_view_dtype": str(packed.tensors["W_q"].dtype),
+        }
+        return {
+            **packed.tensors,
+            "shape": torch.tensor([packed.N, packed.K]),
+            **{n: torch.tensor(v, dtype=None if isinstance(v, float) else torch.int32) for n, v in numbers.items()},
+            **{name: torch.tensor(value, dtype=torch.uint8) for name, value in flags.items()},
+            **{name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()},
+        }
+
 
 def _text(codes: torch.Tensor) -> str:
     """The ASCII text that hqq stores as one u8 per character."""
