@@ -19,7 +19,8 @@ class Gptq(Affine):
 
     With G = ceil(K / group): qweight i32 [ceil(K * bits / 32), N], qzeros i32 [G, ceil(N * bits / 32)], scales [G, N]
     and, where `indirect`, g_idx i32 [K], the group of each input. `planar`: bit planes instead of one stream (5 to 7
-    bits always). v1 files of 2, 4 and 8 bits subtract from the whole word, so a zero of 0 borrows from the next field.
+    bits always). v1 files of 2, 4 and 8 bits subtract from the whole word, so a zero of 0 borrows from the next field;
+    not so AutoRound's (`by_field`), where a field of ones is a zero of 2 ** bits.
     """
 
     kind: ClassVar[str] = "gptq"
@@ -29,6 +30,7 @@ class Gptq(Affine):
     indirect: bool = False
     planar: bool = False
     scale: str = "f16"
+    by_field: bool = False
 
     def stored(self, N: int, K: int) -> tuple[Stored, ...]:
         groups = -(-K // self.group)
@@ -42,12 +44,12 @@ class Gptq(Affine):
     def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
         g = t.g_idx[k] if self.indirect else k // self.group
         unpack = planar if self.planar else stream
-        whole = self.v1 and self.bits in ONES  # v1 subtracted from whole words
+        whole = self.v1 and self.bits in ONES and not self.by_field  # v1 subtracted from whole words
         one = ONES.get(self.bits, 0) if whole else 0
         zero = unpack(lambda i: t.qzeros[g, i] + one if one else t.qzeros[g, i], n, self.bits)
         out = {
             "code": unpack(lambda i: t.qweight[i, n], k, self.bits),
-            "zero": bits(zero + 1, 0, self.bits) if self.v1 and not whole else zero,
+            "zero": bits(zero + 1, 0, self.bits + self.by_field) if self.v1 and not whole else zero,
             "scale": t.scales[g, n],
         }
         return out | {"group": g} if self.indirect else out

@@ -10,7 +10,7 @@ import torch
 
 from qcompile.methods import skip, stored
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
-from qcompile.methods.gptq import GptqConfig
+from qcompile.methods.gptq import AUTO_ROUND, GptqConfig
 
 if TYPE_CHECKING:
     from qcompile.format import Format, Packed
@@ -43,8 +43,8 @@ class AwqConfig(MethodConfig):
     foreign: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys((*_INHERITED, "damp_auto_increment", "static_groups"), _GPTQ),
         **dict.fromkeys(
-            ("method", "meta", "provider", "autoround_version", "do_fuse", "fuse_max_seq_len",
-             "modules_to_fuse", "exllama_config", "quantizer"), _PROVENANCE),
+            ("method", "meta", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "quantizer",
+             "data_type", "to_quant_block_names", "extra_config", *AUTO_ROUND), _PROVENANCE),
     }  # fmt: skip
 
     bits: int = 4
@@ -82,15 +82,12 @@ class AwqConfig(MethodConfig):
         self.require(self.backend in BACKENDS, "backend", ", ".join(BACKENDS))
         self.require_patterns("modules_to_not_convert")
         self.require(self.format == "gemm" or self.bits == 4, "bits", f"4, the only width of format {self.format!r}")
-        other = (
-            "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
-        )
-        self.require(
-            not other or self.bits in (2, 3, 4, 8),
-            "bits",
-            "2, 3, 4 or 8 in a checkpoint written by AutoRound",
-            "AutoRound orders 5, 6 and 7 bits in its own way: export the model as auto_round instead",
-        )
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether outputs are stored in AWQ's order of eight: at 4 bits, and by AutoRound at 5 to 7 too."""
+        theirs = "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
+        return self.bits == 4 or (theirs and self.bits in (5, 6, 7))
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"version": self.format}
@@ -126,7 +123,7 @@ class Awq(Method):
 
         group = module.k if config.group_size == -1 else config.group_size
         if config.format == "gemm":
-            return formats.Awq(bits=config.bits, group=group, interleaved=config.bits == 4, scale=scale)
+            return formats.Awq(bits=config.bits, group=group, interleaved=config.interleaved, scale=scale)
         return formats.AwqGemv(group=group) if config.format == "gemv" else formats.AwqGemvFast(group=group)
 
     def _stored(self, config: AwqConfig, module: Module, source: TensorSource) -> Skip | Quantized:

@@ -27,6 +27,13 @@ BLOCKS = (
 NOTE = "round-to-nearest: quantized from the weight alone, without GPTQ's calibration"
 _CALIBRATION = "it steers calibration, which is not run here"
 _PROVENANCE = ""  # says who wrote a checkpoint and how: nothing to report
+# How AutoRound tuned the weights: it writes this into every config, its exports to GPTQ and AWQ among them.
+AUTO_ROUND = (
+    "provider", "autoround_version", "amp", "batch_size", "dataset", "enable_minmax_tuning", "enable_norm_bias_tuning",
+    "enable_quanted_input", "gradient_accumulate_steps", "iters", "low_gpu_mem_usage", "nsamples", "scale_dtype", "seqlen",
+    "lr", "minmax_lr", "act_data_type", "act_dynamic", "act_sym", "act_group_size", "super_group_size",
+    "static_kv_granularity", "static_attention_granularity",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class GptqConfig(MethodConfig):
     foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("method", "quantizer", "damp_auto_increment", "static_groups", "mse", "model_name_or_path",
          "model_file_base_name", "is_marlin_format", "offload_to_disk", "pack_impl", "use_exllama", "exllama_config",
-         "disable_exllama", "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu"),
+         "disable_exllama", "use_cuda_fp16", "modules_to_not_convert", "cache_examples_on_gpu", "data_type",
+         "to_quant_block_names", *AUTO_ROUND),
         _PROVENANCE)  # fmt: skip
 
     bits: int

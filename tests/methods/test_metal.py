@@ -12,7 +12,6 @@ import torch
 from checkpoints import config as model_config
 from checkpoints import parametrize
 from in_memory import InMemory, linear
-from real_folder import agrees
 from safetensors.torch import load_file
 
 from qcompile.errors import CheckpointError, ConfigError
@@ -109,12 +108,6 @@ def test_mlx_checkpoints_are_recognised_without_a_method() -> None:
 
 
 # Checkpoints
-
-
-@pytest.mark.parametrize("target", ["reference", "cpu"])
-@parametrize("metal")
-def test_a_real_checkpoint(folder: Path, target: str) -> None:
-    agrees(folder, target)
 
 
 @parametrize("metal")
