@@ -25,6 +25,7 @@ from qcompile.formats import (
     lanes,
     minifloat,
     mlx,
+    quark,
     torchao,
 )
 
@@ -79,6 +80,17 @@ CASES: list[tuple[Format, int, int]] = [
     *((lanes.Lanes(bits, 24, None, "f16", "f16", "each-f16"), 19, 72) for bits in range(1, 9)),
     (lanes.Lanes(4, 8, NF4), 16, 40),
     (lanes.Lanes(5, 11, None, 16.0, "bf16", "product-bf16", "f32", 0.5), 3, 33),
+    *(
+        (quark.QuarkInt4("group", 32, signed, order, "f16", True), 24, 96)
+        for signed in (True, False)
+        for order in (True, False)
+    ),
+    *(
+        (quark.QuarkInt4(per, signed=signed, zero=True), 24, 40)
+        for per in ("channel", "tensor")
+        for signed in (True, False)
+    ),
+    (quark.QuarkInt4("group", 24, zero=False), 8, 48),
     *((lanes.LanesDense(dtype), 18, 7) for dtype in ("f32", "bf16")),
 ]
 IDS = [f"{format.kind}-{i}-{N}x{K}" for i, (format, N, K) in enumerate(CASES)]
