@@ -98,7 +98,7 @@ def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int)
     if chosen is not None:
         method, parsed = chosen
         config["quantization_config"] = method.stored_config(parsed, weights)
-        sidecars, metadata = method.sidecars(parsed, weights), method.metadata(parsed, weights)
+        sidecars, metadata = method.sidecars(parsed, weights), method.metadata(parsed, weights, _dtype(artifact))
     if artifact.checkpoint.generation_config:
         sidecars[GENERATION] = artifact.checkpoint.generation_config
     with Shards(folder, metadata, shard_bytes) as out:
@@ -107,6 +107,12 @@ def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int)
                 out.add(name, tensor)
     for name, content in {"config.json": config, **sidecars}.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _dtype(artifact: Artifact) -> str:
+    """The dtype of the model's float tensors, by the first that no method has quantized."""
+    kept = (parameter.dtype for parameter in artifact.checkpoint.parameters.values())
+    return next((dtype for dtype in kept if dtype in ("f32", "f16", "bf16")), "f32")
 
 
 def _tensors(

@@ -184,8 +184,8 @@ class Method(ABC):
         """Further JSON files of a checkpoint: file name -> content."""
         return {}
 
-    def metadata(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, str]:
-        """What the header of the safetensors file says beside the tensors."""
+    def metadata(self, config: MethodConfig, weights: Mapping[str, Packed], dtype: str) -> dict[str, str]:
+        """What the header of the safetensors file says beside the tensors; `dtype` is that of the model's other floats."""
         return {"format": "pt"}
 
     def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
