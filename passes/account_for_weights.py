@@ -21,7 +21,7 @@ class AccountForWeights(Pass):
 
     def run(self, program: Program, ctx: Context) -> int:
         for path in program.modules:
-            if path not in program.weights:
+            if path not in program.weights and path not in program.mixtures:
                 ctx.report.note(f"{path}: the graph does not use its weight")
         for path, record in program.weights.items():
             lost = [name for name in record.tensors.values() if name not in program.tensors]

@@ -13,6 +13,7 @@ from qcompile.passes.base import Pass
 PASSES: dict[str, str] = {
     "normalise": "qcompile.passes.normalise:Normalise",
     "quantize": "qcompile.passes.quantize:Quantize",
+    "quantize-experts": "qcompile.passes.quantize_experts:QuantizeExperts",
     "read-parameters": "qcompile.passes.read_parameters:ReadParameters",
     "add-kv-cache": "qcompile.passes.add_kv_cache:AddKvCache",
     "fuse-dequantize": "qcompile.passes.fuse_dequantize:FuseDequantize",
@@ -35,6 +36,7 @@ PASSES: dict[str, str] = {
 FULL: tuple[str, ...] = (
     "normalise",  # the other passes look for one form of each thing
     "quantize",  # while each linear is still a layer of the model, with its path
+    "quantize-experts",
     "read-parameters",  # everything below may look at values
     "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
     "fuse-dequantize",
@@ -58,6 +60,7 @@ FULL: tuple[str, ...] = (
 CHECKED: tuple[str, ...] = (
     "normalise",
     "quantize",
+    "quantize-experts",
     "read-parameters",
     "add-kv-cache",
     "drop-dead-code",

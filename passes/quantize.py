@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import args_of, arguments, call, is_call, substitute, tensor_node, unused_name
 from qcompile.program import Module, Program
 from qcompile.report import WeightRow
+from qcompile.sources import TensorSource
 from qcompile.transform import Applied
 
 aten, qc = torch.ops.aten, torch.ops.qcompile
@@ -72,7 +74,7 @@ def _unowned(node: Node, name: str, kind: Any) -> Module:
 
 
 @dataclass(frozen=True)
-class _Around:
+class Around:
     """A transform in the graph: its JSON and the nodes of its stored tensors."""
 
     transform: str
@@ -80,46 +82,59 @@ class _Around:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A packed weight whose tensors are in the graph, and what its method does around the matmul."""
 
     record: WeightRecord
     stored: list[Node]
-    before: tuple[_Around, ...]
-    after: tuple[_Around, ...]
-    residual: _Around | None
+    before: tuple[Around, ...]
+    after: tuple[Around, ...]
+    residual: Around | None
     bias: Node | None
     around: str
 
 
 @dataclass
-class _Weights:
+class Weights:
     """The packed weights made so far, by source tensor and format ("" for dense)."""
 
     program: Program
     ctx: Context
     prequantized: bool
-    placed: dict[tuple[str, str], _Placed] = field(default_factory=dict)
+    modules: dict[str, Module]
+    placed: dict[tuple[str, str], Placed] = field(default_factory=dict)
+
+    @staticmethod
+    def of(program: Program, ctx: Context) -> Weights:
+        """No weight yet; the modules are those of the program, and the layers that mixtures of experts are made of."""
+        method, config = ctx.method, ctx.config
+        prequantized = method is not None and config is not None and method.prequantized(config, program.source)
+        layers = {m.path: m for module in program.modules.values() for m in expert_layers(module, program.source)}
+        return Weights(program, ctx, prequantized, program.modules | layers)
 
     def decide(self, module: Module) -> Quantized | Skip:
         """What the method says about a module."""
         method, config = self.ctx.method, self.ctx.config
         if method is None or config is None:
             return Skip("no quantization was asked for")
-        if module.path not in self.program.modules:
+        if module.path not in self.modules:
             return Skip("a bare parameter, which belongs to no layer")
-        return method.select(config, module, self.program.source, self.program.modules)
+        if module.kind == "Experts" and not method.experts:
+            stored = "the checkpoint stores its weight dense"
+            return Skip(stored if self.prequantized else "the method does not convert fused experts")
+        return method.select(config, module, self.program.source, self.modules)
 
-    def place(self, module: Module, selected: Quantized | Skip) -> _Placed:
+    def place(self, module: Module, selected: Quantized | Skip) -> Placed:
         """The record and the graph's nodes of a module's weight, stored when it is not yet."""
         key = (module.weight, "" if isinstance(selected, Skip) else json.dumps(selected.format.to_json()))
         if key not in self.placed:
-            packed = self._pack(module, selected)
+            packed = self.pack(module, selected)
             packed.check(module.path)
-            self.placed[key] = _place(self.program, module, packed)
+            self.placed[key] = place(self.program, module, packed)
         return self.placed[key]
 
-    def _pack(self, module: Module, selected: Quantized | Skip) -> Packed:
+    def pack(self, module: Module, selected: Quantized | Skip) -> Packed:
+        """The weight of a module, of all its experts where it has those, as the method says."""
         method, config = self.ctx.method, self.ctx.config
         if isinstance(selected, Skip) or method is None or config is None:
             return _dense(self.program, module)
@@ -128,6 +143,28 @@ class _Weights:
         for name in (*selected.names.values(), *selected.also_claims):
             self.program.ledger.claim(name, module.weight)
         return method.read(config, module, selected, self.program.source)
+
+    def quantize_experts(self, module: Module) -> list[Packed]:
+        """The float weight of every expert, quantized."""
+        method, config = self.ctx.method, self.ctx.config
+        assert method is not None and config is not None  # who else has chosen to quantize them
+        weights = torch.split(_float_weight(self.program, module), module.n)
+        return [method.quantize(config, expert(module, e), weight) for e, weight in enumerate(weights)]
+
+
+def expert(module: Module, number: int) -> Module:
+    """One expert of a mixture as a layer of its own."""
+    return replace(module, path=f"{module.path}.{number}", kind="Linear", experts=0, transposed=False, parts=())
+
+
+def expert_layers(module: Module, source: TensorSource) -> Iterator[Module]:
+    """The layers that the source has for the experts of a mixture, one by one."""
+    there = set(source.names()) if module.parts else set()
+    several = len(module.parts) // max(module.experts, 1)
+    for path in module.parts:
+        weight = f"{path}.weight"
+        dtype = source.info(weight).dtype if weight in there else "f32"
+        yield Module(path, "Linear", module.n // several, module.k, weight, None, dtype)
 
 
 @dataclass(frozen=True)
@@ -143,9 +180,8 @@ class Quantize(Pass):
 
     def run(self, program: Program, ctx: Context) -> int:
         method, config = ctx.method, ctx.config
-        weights = _Weights(program, ctx, False)
+        weights = Weights.of(program, ctx)
         if method is not None and config is not None:
-            weights.prequantized = method.prequantized(config, program.source)
             ctx.report.method = method.name
             for name, note in method.effects(config):
                 ctx.report.note(f"{method.name} config, {name}: {note}")
@@ -164,7 +200,7 @@ class Quantize(Pass):
         return count
 
     def _record(
-        self, program: Program, ctx: Context, module: Module, selected: Quantized | Skip, placed: _Placed
+        self, program: Program, ctx: Context, module: Module, selected: Quantized | Skip, placed: Placed
     ) -> None:
         record = placed.record
         shared = next((path for path, other in program.weights.items() if other.tensors == record.tensors), "")
@@ -192,26 +228,35 @@ class Quantize(Pass):
             )
         )
 
-    def _replace(self, site: _Site, placed: _Placed) -> None:
+    def _replace(self, site: _Site, placed: Placed) -> None:
         node, record = site.node, placed.record
         weight = (placed.stored, json.dumps(record.format), record.n, record.k)
         if is_call(node, aten.embedding.default):
             made = call(node, qc.embedding.default, (node.args[1], *weight), self.name)
         else:
-            x, bias = arguments(node)["input"], arguments(node)["bias"]
-            for each in placed.before:
-                x = self._transform(node, x, each)
-            dense = call(node, qc.dequantize.default, weight, self.name)
-            made = call(node, aten.linear.default, (x, dense, bias if placed.bias is None else placed.bias), self.name)
-            if placed.residual is not None:
-                made = call(node, aten.add.Tensor, (made, self._transform(node, x, placed.residual)), self.name)
-            for each in placed.after:
-                made = self._transform(node, made, each)
+            made = layer(node, arguments(node)["input"], arguments(node)["bias"], placed, self.name)
         made.meta["module"] = site.module.path
         substitute(node, made)
 
-    def _transform(self, node: Node, x: Any, each: _Around) -> Node:
-        return call(node, qc.transform.default, (x, list(each.stored), each.transform), self.name)
+
+def layer(node: Node, x: Node, bias: Node | None, placed: Placed, made_by: str) -> Node:
+    """A linear layer in front of `node`, with what its method does around the matmul."""
+    for each in placed.before:
+        x = transformed(node, x, each, made_by)
+    record = placed.record
+    weight = (placed.stored, json.dumps(record.format), record.n, record.k)
+    dense = call(node, qc.dequantize.default, weight, made_by)
+    made = call(node, aten.linear.default, (x, dense, bias if placed.bias is None else placed.bias), made_by)
+    if placed.residual is not None:
+        made = call(node, aten.add.Tensor, (made, transformed(node, x, placed.residual, made_by)), made_by)
+    for each in placed.after:
+        made = transformed(node, made, each, made_by)
+    return made
+
+
+def transformed(node: Node, x: Node, each: Around, made_by: str) -> Node:
+    """A transform of x in front of `node`."""
+    return call(node, qc.transform.default, (x, list(each.stored), each.transform), made_by)
 
 
 def _blocks(program: Program, module: Module) -> Packed | None:
@@ -225,12 +270,17 @@ def _blocks(program: Program, module: Module) -> Packed | None:
 
 
 def _float_weight(program: Program, module: Module) -> torch.Tensor:
-    """The module's weight [N, K] as the source stores it; CheckpointError unless it is a float matrix of that shape."""
+    """The module's weight [N, K], of experts [E * N, K], as the source stores it.
+
+    CheckpointError unless it is a float tensor of the module's shape.
+    """
     blocks = _blocks(program, module)
     if blocks is not None:
         return dequantize(blocks.format, blocks.tensors, blocks.N, blocks.K)
     weight = program.ledger.read(module.weight, module.weight)
-    expected = (module.k, module.n) if module.kind == "Conv1D" else (module.n, module.k)
+    flipped = module.kind == "Conv1D" or module.transposed
+    one = (module.k, module.n) if flipped else (module.n, module.k)
+    expected = (module.experts, *one) if module.kind == "Experts" else one
     if tuple(weight.shape) != expected or not weight.is_floating_point():
         raise CheckpointError(
             f"the weight '{module.weight}' is not a float matrix of the layer's shape",
@@ -239,7 +289,8 @@ def _float_weight(program: Program, module: Module) -> torch.Tensor:
             expected=f"f32, f16 or bf16 {list(expected)}",
             remedy="check that the checkpoint belongs to this architecture, and give the config it was quantized with",
         )
-    return weight.t().contiguous() if module.kind == "Conv1D" else weight
+    weight = weight.transpose(-1, -2).contiguous() if flipped else weight
+    return weight.reshape(-1, module.k)
 
 
 def _dense(program: Program, module: Module) -> Packed:
@@ -250,10 +301,10 @@ def _dense(program: Program, module: Module) -> Packed:
     weight = _float_weight(program, module)
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         weight = weight.float()
-    return Packed(Dense(NAMES[weight.dtype]), {"weight": weight.contiguous()}, module.n, module.k)
+    return Packed(Dense(NAMES[weight.dtype]), {"weight": weight.contiguous()}, len(weight), module.k)
 
 
-def _place(program: Program, module: Module, packed: Packed) -> _Placed:
+def place(program: Program, module: Module, packed: Packed) -> Placed:
     """Stores the tensors of a packed weight, and of the transforms around it, under names of the module."""
     if module.kind == "Embedding" and (packed.before or packed.after or packed.residual is not None):
         raise InternalError("a method transforms the input of an embedding", where=module.path)
@@ -280,7 +331,7 @@ def _place(program: Program, module: Module, packed: Packed) -> _Placed:
     said = [each.transform.summary() for each in packed.before]
     said += [f"+ {packed.residual.transform.summary()}"] if packed.residual is not None else []
     said += [f"output {each.transform.summary()}" for each in packed.after]
-    return _Placed(
+    return Placed(
         record,
         [tensor_node(program, name) for name in names.values()],
         tuple(_nodes(program, each) for each in before),
@@ -316,6 +367,6 @@ def _shared(program: Program, module: Module, name: str, tensor: torch.Tensor) -
     return _keep(program, module, name, tensor)
 
 
-def _nodes(program: Program, record: TransformRecord) -> _Around:
+def _nodes(program: Program, record: TransformRecord) -> Around:
     stored = tuple(tensor_node(program, name) for name in record.tensors.values())
-    return _Around(json.dumps(record.transform), stored)
+    return Around(json.dumps(record.transform), stored)

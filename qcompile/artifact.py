@@ -170,10 +170,13 @@ class Module:
     `tied` names other modules that share the weight. `output_embedding` is true for a language model's head.
     `last_parameter` is true when the weight is the last of the model's named parameters, and `keep_f32` when the
     architecture asks for float32 here (transformers' `_keep_in_fp32_modules`): methods skip both by default.
+    "Experts" are `experts` weights [N, K] of a mixture, one tensor [E, N, K] ([E, K, N] if `transposed`) of which `path` is
+    the name; `n` and `k` are those of one. `parts` are the paths of the layers in the source that make it up, those of the
+    first expert first, where the source has them quantized one by one.
     """
 
     path: str
-    kind: Literal["Linear", "Conv1D", "Embedding"]
+    kind: Literal["Linear", "Conv1D", "Embedding", "Experts"]
     n: int
     k: int
     weight: str
@@ -183,6 +186,9 @@ class Module:
     output_embedding: bool = False
     last_parameter: bool = False
     keep_f32: bool = False
+    experts: int = 0
+    transposed: bool = False
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,14 @@ class WeightRecord:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Where the weight of `experts` experts lies: the paths of the records that make it up, one below the other."""
+
+    experts: int
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A tensor of the source that is no module's weight: the tensor that holds it now, and the dtype it had."""
 
@@ -261,6 +275,7 @@ class Artifact:
     tensor, {"tuple" | "list": [...]}, {"dict" | "fields": {...}} hold more of the same; None stands for the one output,
     or a tuple of them. `model_config` and `quantization_config` are as in a model's config.json, for information;
     `generation` holds defaults of generate(); `defaults` the number that fills an input which the caller leaves out.
+    `mixtures` are the weights of mixtures of experts by the path of the tensor that holds all of them in the source model.
     `checkpoint` and each weight's origin are what a checkpoint is written from.
     """
 
@@ -271,6 +286,7 @@ class Artifact:
     graph: Graph | None = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     weights: dict[str, WeightRecord] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
     structure: Any = None
     model_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] | None = None

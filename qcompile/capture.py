@@ -21,6 +21,7 @@ from qcompile import ops  # noqa: F401  (the operators must exist before a graph
 from qcompile.dims import Dim
 from qcompile.dtypes import NAMES
 from qcompile.errors import CaptureError, CheckpointError, ConfigError, QCompileError
+from qcompile.experts_hf import expert_modules
 from qcompile.flatten import flatten
 from qcompile.methods.skip import matches
 from qcompile.program import Input, Module, Program
@@ -149,7 +150,7 @@ def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | Non
             path, kind, n, k, weight, bias and first[bias], dtype, tied, module is head,
             last_parameter=weight == last, keep_f32=any(matches(pattern, path) for pattern in exact),
         )  # fmt: skip
-    return modules
+    return modules | expert_modules(model, source)
 
 
 def _owner(frame_locals: Mapping[str, Any], paths: Mapping[int, str]) -> str | None:

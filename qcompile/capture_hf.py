@@ -18,14 +18,19 @@ from torch import nn
 from torch.export import Dim
 
 from qcompile.attention_hf import IMPLEMENTATION, register
-from qcompile.capture import MOST, aliases, export, from_examples, hollow_or_error, make_program
+from qcompile.capture import aliases, export, from_examples, hollow_or_error, make_program
 from qcompile.errors import CaptureError, CheckpointError
+from qcompile.experts_hf import use as use_experts
+from qcompile.experts_source import per_expert
+from qcompile.inputs_hf import MAX_BATCH, positions, usual_inputs, without_cache
 from qcompile.program import Program
 from qcompile.sources import ModuleState, Renamed, SafetensorsFolder, TensorSource
 
-MAX_CONFIG, MAX_BATCH = 10_000_000, 65_536
+MAX_CONFIG = 10_000_000
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
     "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
@@ -67,16 +72,12 @@ def _is_causal(model: nn.Module) -> bool:
     return type(model).__name__ in names and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _positions(config: Any) -> int:
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return most if isinstance(most, int) and most > 0 else MOST
-
-
 def program_of(
     shell: nn.Module, source: TensorSource, model_config: dict[str, Any], quantization: dict[str, Any] | None
 ) -> Program:
     """The Program of a hollow transformers model."""
     facts = _Facts(shell)
+    use_experts(shell)
     if _is_causal(shell):
         program = _causal(shell, source, model_config, quantization)
     else:
@@ -101,7 +102,7 @@ def _causal(
     register()
     shell.set_attn_implementation(IMPLEMENTATION)
     ids, keep = torch.zeros(2, 7, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    most = _positions(shell.config)
+    most = positions(shell.config)
     b, s, t = Dim("b", min=1, max=MAX_BATCH), Dim("s", min=1, max=most), Dim("t", min=1, max=most)
     shapes = {"input_ids": {0: b, 1: s}, "position_ids": {0: b, 1: s}, "keep": {0: t}}
     exported = export(CausalLanguageModel(shell), (ids, ids.clone(), keep), None, shapes)
@@ -122,9 +123,9 @@ def _causal(
 def _plain(
     shell: Any, source: TensorSource, model_config: dict[str, Any], quantization: dict[str, Any] | None
 ) -> Program:
-    shell.config.use_cache = False
+    without_cache(shell)
     shell.set_attn_implementation("sdpa" if getattr(shell, "_supports_sdpa", False) else "eager")
-    inputs, shapes = _inputs(shell)
+    inputs, shapes = usual_inputs(shell)
     exported = export(shell, (), inputs, shapes)
     return make_program(
         shell,
@@ -134,29 +135,6 @@ def _plain(
         head=shell.get_output_embeddings(),
         model_config=model_config,
         quantization_config=quantization,
-    )
-
-
-def _inputs(shell: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Example inputs of a model that is no decoder, by its main input, and their dynamic shapes."""
-    config, accepted = shell.config, inspect.signature(shell.forward).parameters
-    b = Dim("b", min=1, max=MAX_BATCH)
-    if shell.main_input_name == "input_ids":
-        s = Dim("s", min=1, max=_positions(config))
-        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
-        if getattr(config, "type_vocab_size", 1) < 1 and "token_type_ids" in names:
-            names.remove("token_type_ids")
-        return {n: torch.ones(2, 7, dtype=torch.int64) for n in names}, {n: {0: b, 1: s} for n in names}
-    size = getattr(config, "image_size", None)
-    if shell.main_input_name == "pixel_values" and size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(2, config.num_channels, height, width)}, {"pixel_values": {0: b}}
-    raise CaptureError(
-        f"the inputs of {type(shell).__name__} are not known",
-        where=type(shell).__name__,
-        found=f"main input {shell.main_input_name}",
-        expected="input_ids or pixel_values",
-        remedy="load the model and pass example_inputs and dynamic_shapes",
     )
 
 
@@ -225,7 +203,8 @@ def capture_model(model: Any, example_inputs: Any = None, dynamic_shapes: Any = 
     if example_inputs is None:
         return program_of(shell, source, config, None)
     facts = _Facts(shell)
-    shell.config.use_cache = False
+    use_experts(shell)
+    without_cache(shell)
     program = from_examples(shell, source, example_inputs, dynamic_shapes, config)
     facts.apply(program)
     return program
@@ -241,7 +220,7 @@ def capture_folder(folder: Path) -> Program:
             break
     source = SafetensorsFolder(folder)
     shell = build(folder, config)
-    return program_of(shell, renamed(source, shell), config, quantization)
+    return program_of(shell, per_expert(renamed(source, shell), shell), config, quantization)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def compile(
         graph=_graph(program, executable),
         sizes=program.sizes,
         weights=program.weights,
+        mixtures=program.mixtures,
         model_config=program.model_config,
         quantization_config=parsed.to_dict() if parsed is not None else None,
         generation=_generation(program.model_config),

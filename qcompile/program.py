@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from qcompile.artifact import Mixture
 from qcompile.artifact import Module as Module
 from qcompile.artifact import WeightRecord as WeightRecord
 from qcompile.dims import Dim
@@ -35,7 +36,7 @@ class Program:
     `meta["tensor"]` is its name and whose value is `tensors[name]`; a float parameter not yet read is on the meta device.
     Every node has `meta["val"]` (a FakeTensor), `meta["module"]` (module path, "" at the top) and, when a pass made it,
     `meta["made_by"]`. `sizes` maps each named size to its (least, greatest) value. `weights` has a record for each module
-    whose weight a pass has given its place.
+    whose weight a pass has given its place, `mixtures` one for each weight of a mixture of experts.
     """
 
     graph: torch.fx.GraphModule
@@ -52,6 +53,7 @@ class Program:
     model_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] | None = None
     weights: dict[str, WeightRecord] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
 
     def load(self, name: str, by: str | None = None) -> torch.Tensor:
         """The float tensor `name` as the graph computes with it, read from the source unless that is done already.

@@ -261,6 +261,12 @@ def check_artifact(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> N
         raise _fail("a weight is not used", name, expected="tensors that the program or a module names")
     for path, record in artifact.weights.items():
         _record(path, record, tensors)
+    for path, mixture in artifact.mixtures.items():
+        found = [artifact.weights[part].rows for part in mixture.parts if part in artifact.weights]
+        if len(found) != len(mixture.parts) or mixture.experts < 1 or not found or sum(found) % mixture.experts:
+            raise _fail(
+                "the parts of a mixture of experts are not sound", path, found, f"rows of {mixture.experts} experts"
+            )
     for name, (least, most) in artifact.sizes.items():
         if not 0 <= least <= most:
             raise _fail("the bounds of a size are not sound", name, (least, most))

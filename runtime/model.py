@@ -198,9 +198,18 @@ class CompiledModel:
     def weight(self, path: str) -> torch.Tensor:
         """The weight f32 [N, K] of the module at `path`, from the packed tensors by the format's formula.
 
+        That of a mixture of experts is [E, N, K].
+
         It is the weight that acts on the module's own input: a permutation, rotation or scale that the compiled model
         applies to the input instead is undone.
         """
+        mixture = self.artifact.mixtures.get(path)
+        if mixture is not None:
+            whole = torch.cat([self._weight(part) for part in mixture.parts])
+            return whole.reshape(mixture.experts, -1, whole.shape[-1])
+        return self._weight(path)
+
+    def _weight(self, path: str) -> torch.Tensor:
         from qcompile.evaluate import dequantize
         from qcompile.format import format_from_json
         from qcompile.transform import Applied, effective_weight, transform_from_json

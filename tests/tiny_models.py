@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,13 @@ GROUPED = {**SMALL, "num_key_value_heads": 2}
 BERT = {**SMALL, "max_position_embeddings": 64}
 VIT = {**SMALL, "image_size": 32, "patch_size": 8, "num_labels": 7}
 del VIT["vocab_size"]
+QWEN_MOE = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+T5 = {"vocab_size": 101, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+WHISPER = {
+    "vocab_size": 101, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "num_mel_bins": 16,
+    "max_source_positions": 30, "max_target_positions": 64, "decoder_start_token_id": 1, **TOKENS,
+}  # fmt: skip
 
 
 def _random(model: Any) -> Any:
@@ -46,6 +53,19 @@ def _opt() -> Any:
     return T.OPTForCausalLM(T.OPTConfig(**config))
 
 
+def _gemma3() -> Any:
+    layers = ["sliding_attention", "full_attention"]
+    config = T.Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=4, layer_types=layers)
+    return T.Gemma3ForCausalLM(config)
+
+
+def _gpt_oss() -> Any:
+    # YaRN rope, attention sinks, and a sliding window in the first layer.
+    return T.GptOssForCausalLM(
+        T.GptOssConfig(**GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=4)
+    )
+
+
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)),
     "llama-tied": lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
@@ -55,6 +75,15 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**GROUPED, **TOKENS)),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "opt": _opt,
+    "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=4)),
+    "gemma": lambda: T.GemmaForCausalLM(T.GemmaConfig(**GROUPED, head_dim=16)),
+    "gemma3": _gemma3,
+    "phi": lambda: T.PhiForCausalLM(T.PhiConfig(**SMALL, **TOKENS)),
+    "gpt-neox": lambda: T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**SMALL, max_position_embeddings=64)),
+    "mixtral": lambda: T.MixtralForCausalLM(T.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "qwen2-moe": lambda: T.Qwen2MoeForCausalLM(T.Qwen2MoeConfig(**QWEN_MOE, shared_expert_intermediate_size=48)),
+    "qwen3-moe": lambda: T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**QWEN_MOE, head_dim=16)),
+    "gpt-oss": _gpt_oss,
 }
 OTHERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: T.BertModel(T.BertConfig(**BERT)),
@@ -64,6 +93,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     ),
     "llama-base": lambda: T.LlamaModel(T.LlamaConfig(**GROUPED)),
     "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**VIT)),
+    "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(**T5)),
+    "whisper": lambda: T.WhisperForConditionalGeneration(T.WhisperConfig(**WHISPER)),
 }
 
 
@@ -75,3 +106,20 @@ def decoder(name: str) -> Any:
 def other(name: str) -> Any:
     """An encoder, a bare decoder or a vision model."""
     return _random(OTHERS[name]())
+
+
+def inputs(names: Iterable[str], b: int, s: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of an encoder, a vision model or a model of both parts, by name, for b rows of s tokens."""
+    generator = torch.Generator().manual_seed(seed + 100 * b + s)
+    ids = torch.randint(3, 101, (b, s), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, s // 2 + 1 :] = 0
+    known = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": ids % 2,
+        "decoder_input_ids": ids.flip(1)[:, : s // 2 + 1],
+        "pixel_values": torch.randn(b, 3, 32, 32, generator=generator),
+        "input_features": torch.randn(b, 16, 60, generator=generator),
+    }
+    return {name: known[name] for name in names}
