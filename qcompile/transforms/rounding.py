@@ -9,13 +9,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qcompile.dtypes import DTYPES
 from qcompile.format import Stored
 from qcompile.transform import Transform
 
-Per = Literal["tensor", "token", "position", "group"]
+Per = Literal["tensor", "token", "position", "head", "group"]
 Element = Literal["f8e4m3", "f8e5m2", "e2m1", "e2m3", "e3m2"]
 
 LARGEST: dict[str, float] = {"f8e4m3": 448.0, "f8e5m2": 57344.0, "e2m1": 6.0, "e2m3": 7.5, "e3m2": 28.0}
@@ -59,10 +58,10 @@ def power_of_two(x: Tensor, rule: str) -> Tensor:
 
 
 def split(x: Tensor, size: int) -> Tensor:
-    """x [..., K] as [..., ceil(K / size), size]; a short last group is filled with zeros, which no maximum sees."""
+    """x [..., K] as [..., ceil(K / size), size]; a short last group is filled with its last value, which no maximum sees."""
     K = x.shape[-1]
-    if K % size:
-        x = functional.pad(x, (0, -K % size))
+    if K % size:  # not padded with zeros: traced, that makes every dimension a constant
+        x = torch.cat((x, x.narrow(-1, K - 1, 1).expand(*x.shape[:-1], -K % size)), -1)
     return x.reshape(*x.shape[:-1], -(-K // size), size)
 
 
@@ -77,14 +76,15 @@ class Rounding(Transform):
     """x rounded to values of few bits times a scale, and back: the base of `RoundInt` and `RoundFloat`.
 
     One scale holds for a whole call ("tensor"), each row ("token"), each index of dimension 1 over all of the others
-    ("position") or every `size` inputs of a row ("group"; the last may be short). `scale` is the dtype of a stored
-    scale [1] that holds for everything; "": computed for each call from the maximum of |x|, which `least` and `most`
+    ("position") or of the first two ("head"), or every `size` inputs of a row ("group"; the last may be short). `scale` is
+    the dtype of a stored scale [1] that holds for everything, or [heads, 1, 1] for each index of dimension 1; "": computed for each call from the maximum of |x|, which `least` and `most`
     bound (0: no bound). The scale is at least `floor`, and `empty` where it would be 0. `arithmetic`: x / scale
     ("divide"), x * (1 / scale) ("reciprocal"), or x times the inverse limit / maximum ("inverse"). All in `dtype`.
     """
 
     per: Per = "token"
     size: int = 0
+    heads: int = 0
     scale: str = ""
     least: float = 0.0
     most: float = 0.0
@@ -94,7 +94,12 @@ class Rounding(Transform):
     dtype: Literal["f32", "f16", "bf16"] = "f32"
 
     def stored(self, K: int) -> tuple[Stored, ...]:
-        return (Stored("scale", self.scale, (1,)),) if self.scale else ()
+        return (Stored("scale", self.scale, self.stored_shape),) if self.scale else ()
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of a stored scale or zero point."""
+        return (self.heads, 1, 1) if self.heads else (1,)
 
     def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
         rows = x.to(DTYPES[self.dtype])
@@ -110,6 +115,8 @@ class Rounding(Transform):
         """The dimensions over which one scale holds."""
         if self.per == "tensor":
             return list(range(x.dim()))
+        if self.per == "head":
+            return list(range(2, x.dim()))
         return [d for d in range(x.dim()) if d != 1] if self.per == "position" else [-1]
 
     def maximum(self, x: Tensor) -> Tensor:
