@@ -39,6 +39,8 @@ FORMATS = Registry(
         "int8": "qcompile.formats.integer:Int8",
     "quark-int4": "qcompile.formats.quark:QuarkInt4",
         "mlx": "qcompile.formats.mlx:Mlx",
+    "sinq": "qcompile.formats.sinq:Sinq",
+    "sinq-square": "qcompile.formats.sinq:SinqSquare",
         "bitnet": "qcompile.formats.bitnet:Ternary",
         "torchao-int4": "qcompile.formats.torchao:Int4Rows",
         "torchao-int4-tiles": "qcompile.formats.torchao:Int4Tiles",
@@ -59,7 +61,8 @@ FORMATS = Registry(
         "gguf-iq4_xs": "qcompile.formats.gguf_k:IQ4_XS",
         "fouroversix": "qcompile.formats.fouroversix:FourOverSix",
         "fp-quant": "qcompile.formats.fp_quant:FpQuant",
-        "lanes": "qcompile.formats.lanes:Lanes",
+        "gemma": "qcompile.formats.gemma:Gemma",
+    "lanes": "qcompile.formats.lanes:Lanes",
         "lanes-dense": "qcompile.formats.lanes:LanesDense",
     },
 )

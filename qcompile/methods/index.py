@@ -30,6 +30,8 @@ METHODS = Registry(
     "torchao": "qcompile.methods.torchao:TorchAo",
         "fouroversix": "qcompile.methods.fouroversix:FourOverSix",
         "fp_quant": "qcompile.methods.fp_quant:FpQuant",
+    "nvfp4": "qcompile.methods.nvfp4:Nvfp4",
+    "gemma": "qcompile.methods.gemma:Gemma",
         "bitnet": "qcompile.methods.bitnet:BitNet",
     "spqr": "qcompile.methods.spqr:Spqr",
         "higgs": "qcompile.methods.higgs:Higgs",
@@ -39,6 +41,7 @@ METHODS = Registry(
     "quark": "qcompile.methods.quark:Quark",
         "metal": "qcompile.methods.metal:Metal",
         "auto-round": "qcompile.methods.auto_round:AutoRound",
+        "sinq": "qcompile.methods.sinq:Sinq",
     },
 )
 
