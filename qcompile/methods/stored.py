@@ -92,13 +92,16 @@ def expect_all(fmt: Format, names: Mapping[str, str], source: TensorSource, modu
         expect(names[stored.name], source, (stored.dtype,), stored.shape, module)
 
 
-def finite(tensor: torch.Tensor, name: str, module: Module) -> torch.Tensor:
-    """The tensor, if every number in it is finite; CheckpointError with the first place where one is not."""
+def finite(tensor: torch.Tensor, name: str, module: Module | str) -> torch.Tensor:
+    """The tensor of a module (or of the module of a path), if every number in it is finite.
+
+    CheckpointError with the first place where one is not.
+    """
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         place = (~torch.isfinite(tensor.float())).nonzero()[0].tolist()
         raise CheckpointError(
             "a stored tensor holds a number that is not finite",
-            where=f"{name} (module {module.path})",
+            where=f"{name} (module {module if isinstance(module, str) else module.path})",
             found=f"{tensor[tuple(place)].item()} at {place}",
             expected="finite numbers",
             remedy="the file is damaged, or the quantization that wrote it failed for this module",
@@ -123,3 +126,16 @@ def packed(fmt: Format, tensors: dict[str, torch.Tensor], module: Module) -> Pac
 def usable(weight: torch.Tensor, module: Module) -> torch.Tensor:
     """A float weight [N, K] to be quantized, as float32; CheckpointError when it holds a number that is not finite."""
     return finite(weight, module.weight, module).float()
+
+
+def permutation(order: torch.Tensor, name: str, module: Module) -> torch.Tensor:
+    """The order of a module's inputs, i64 [K]; CheckpointError unless it names each of them once."""
+    if not torch.equal(order.sort().values, torch.arange(module.k)):
+        raise CheckpointError(
+            "a stored order does not name each input once",
+            where=f"{name} (module {module.path})",
+            found=f"{len(set(order.tolist()))} inputs, {int(order.min())} to {int(order.max())}",
+            expected=f"{module.k} inputs, 0 to {module.k - 1}",
+            remedy="the file is damaged, or belongs to another architecture",
+        )
+    return order
