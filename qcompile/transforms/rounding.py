@@ -58,10 +58,10 @@ def power_of_two(x: Tensor, rule: str) -> Tensor:
 
 
 def split(x: Tensor, size: int) -> Tensor:
-    """x [..., K] as [..., ceil(K / size), size]; a short last group is filled with its last value, which no maximum sees."""
+    """x [..., K] as [..., ceil(K / size), size]; a short last group is filled with zeros, which no maximum sees."""
     K = x.shape[-1]
-    if K % size:  # not padded with zeros: traced, that makes every dimension a constant
-        x = torch.cat((x, x.narrow(-1, K - 1, 1).expand(*x.shape[:-1], -K % size)), -1)
+    if K % size:  # functional.pad, traced, makes a constant of every dimension
+        x = torch.cat((x, x.narrow(-1, 0, 1).clamp(0.0, 0.0).expand(*x.shape[:-1], -K % size)), -1)
     return x.reshape(*x.shape[:-1], -(-K // size), size)
 
 
