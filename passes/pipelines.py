@@ -15,6 +15,7 @@ PASSES: dict[str, str] = {
     "quantize": "qcompile.passes.quantize:Quantize",
     "quantize-experts": "qcompile.passes.quantize_experts:QuantizeExperts",
     "read-parameters": "qcompile.passes.read_parameters:ReadParameters",
+    "round-cache": "qcompile.passes.round_cache:RoundCache",
     "add-kv-cache": "qcompile.passes.add_kv_cache:AddKvCache",
     "fuse-dequantize": "qcompile.passes.fuse_dequantize:FuseDequantize",
     "choose-layout": "qcompile.passes.choose_layout:ChooseLayout",
@@ -38,6 +39,7 @@ FULL: tuple[str, ...] = (
     "quantize",  # while each linear is still a layer of the model, with its path
     "quantize-experts",
     "read-parameters",  # everything below may look at values
+    "round-cache",  # while keys and values still go to one attention
     "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
     "fuse-dequantize",
     "choose-layout",  # before merging: only layouts tell which weights can lie side by side
@@ -62,6 +64,7 @@ CHECKED: tuple[str, ...] = (
     "quantize",
     "quantize-experts",
     "read-parameters",
+    "round-cache",
     "add-kv-cache",
     "drop-dead-code",
     "account-for-weights",

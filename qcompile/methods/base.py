@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qcompile.format import Format, Packed
     from qcompile.program import Module
     from qcompile.sources import TensorSource
+    from qcompile.transform import Applied
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class Quantized:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Cache:
+    """What a method does to the keys and the values [B, heads, S, width] of an attention module; `claims` are its tensors."""
+
+    k: Applied
+    v: Applied
+    claims: tuple[str, ...] = ()
+
+
 class Method(ABC):
     """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order.
 
@@ -168,6 +178,10 @@ class Method(ABC):
     @abstractmethod
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Quantize a float weight [N, K], from the weight alone."""
+
+    def cache(self, config: MethodConfig, path: str, heads: int, width: int, source: TensorSource) -> Cache | None:
+        """What happens to the keys (after rotary embedding) and values of the attention module `path`; None: nothing."""
+        return None
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         """The tensors of a quantized module as the method's checkpoints hold them, by their names within the module.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from qcompile.errors import CheckpointError, ConfigError
+from qcompile.errors import CheckpointError, ConfigError, QCompileError
 from qcompile.methods import compressed_tensors_layout as layouts
 from qcompile.methods import skip, stored
-from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
-from qcompile.methods.compressed_tensors_activations import rounding, suffixes
+from qcompile.methods.base import Cache, Method, MethodConfig, Quantized, Skip
+from qcompile.methods.compressed_tensors_activations import cache_rounding, rounding, suffixes
 from qcompile.methods.compressed_tensors_activations import stored as stored_rounding
 from qcompile.methods.compressed_tensors_args import Args, Scheme
 from qcompile.methods.compressed_tensors_config import SPARSE, CompressedTensorsConfig, hits
@@ -85,13 +85,7 @@ class CompressedTensors(Method):
         if config.cache is not None and config.cache.dynamic is not True:
             static.append(("kv_cache_scheme", config.cache.dynamic))
         for part, dynamic in static:
-            raise ConfigError(
-                "scales that are fixed before the model runs need calibration data",
-                where=f"{module.path}, {part!r}",
-                found=f"dynamic: {dynamic!r}",
-                expected="dynamic: True",
-                remedy="choose a scheme with dynamic activations, or start from a checkpoint that was calibrated",
-            )
+            raise _uncalibrated(f"{module.path}, {part!r}", dynamic)
         if args.actorder == "group":
             raise ConfigError(
                 "an order of the columns by their activations needs calibration data",
@@ -260,6 +254,24 @@ class CompressedTensors(Method):
         packed = quantize(weight, args, fmt, module)
         return packed if config.dequantize else _around(scheme, packed, {}, module, None)
 
+    def cache(self, config: MethodConfig, path: str, heads: int, width: int, source: TensorSource) -> Cache | None:
+        config = cast(CompressedTensorsConfig, config)
+        if config.cache is None or config.dequantize:
+            return None
+        args, claims = config.cache, list[str]()
+
+        def made(side: str) -> Applied:
+            def read(suffix: str) -> torch.Tensor:
+                name = f"{path}.{side}_{suffix}"
+                if name not in source.names():
+                    raise _no_scale(name, args, path, source)
+                claims.append(name)
+                return stored.finite(source.read(name), name, path)
+
+            return cache_rounding(args, heads, width, read, f"{path}, kv_cache_scheme")
+
+        return Cache(made("k"), made("v"), tuple(claims))
+
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         """The package's tensors; codes that lay in words of their own are written as a stream, as since 0.18."""
         from qcompile.methods.compressed_tensors_read import written
@@ -281,6 +293,30 @@ class CompressedTensors(Method):
         kind = formats.pop() if len(formats) == 1 else "mixed-precision" if formats else config.format
         changed = {"config_groups": written, "format": kind, "quantization_status": "compressed"}
         return config.to_dict() | changed | {"sparsity_config": {}, "ignore": config.ignore or []}
+
+
+def _uncalibrated(where: str, dynamic: bool | str) -> ConfigError:
+    return ConfigError(
+        "scales that are fixed before the model runs need calibration data",
+        where=where,
+        found=f"dynamic: {dynamic!r}",
+        expected="dynamic: True",
+        remedy="choose a scheme with dynamic activations, or start from a checkpoint that was calibrated",
+    )
+
+
+def _no_scale(name: str, args: Args, path: str, source: TensorSource) -> QCompileError:
+    """The error about a scale of keys or values that is not in the source: of one module, or of all."""
+    end = name.rsplit(".", 1)[-1]
+    if not any(other.endswith(f".{end}") for other in source.names()):
+        return _uncalibrated(f"{path}, 'kv_cache_scheme'", args.dynamic)
+    return CheckpointError(
+        "an attention module lacks a scale for its keys or values",
+        where=path,
+        found=", ".join(other for other in source.names() if other.startswith(f"{path}.") and "_scale" in other),
+        expected=name,
+        remedy="the checkpoint is incomplete",
+    )
 
 
 def _current(config: CompressedTensorsConfig, scheme: Scheme) -> Scheme:

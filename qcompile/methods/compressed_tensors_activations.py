@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -61,13 +62,29 @@ def rounding(args: Args, width: int, read: Read, where: str) -> Applied:
     return _floats(args, read)
 
 
+def cache_rounding(args: Args, heads: int, width: int, read: Read, where: str) -> Applied:
+    """The rounding of keys or values [B, heads, S, width]: of a token is of all positions of a head, as the package has it."""
+    from qcompile.transform import Applied
+    from qcompile.transforms.rounding import Rounding
+
+    per_head = args.strategy == "attn_head"
+    made = rounding(replace(args, strategy="tensor") if per_head else args, width, read, where)
+    if args.strategy not in ("token", "attn_head"):
+        return made
+    plain = cast(Rounding, made.transform)
+    if not per_head:
+        return Applied(replace(plain, per="head"), made.tensors)
+    tensors = {name: tensor.reshape(heads, 1, 1) for name, tensor in made.tensors.items()}
+    return Applied(replace(plain, heads=heads), tensors)
+
+
 def _integers(args: Args, read: Read) -> Applied:
     from qcompile.dtypes import NAMES
     from qcompile.transform import Applied
     from qcompile.transforms.round_int import RoundInt
 
     low, high = (int(limit) for limit in args.limits)
-    tensors = {name.removesuffix("_point"): read(name).reshape(1) for name in suffixes(args)}
+    tensors = {name.removesuffix("_point"): _one(read(name)) for name in suffixes(args)}
     made = RoundInt(
         per=args.strategy,  # type: ignore[arg-type]
         size=args.group_size or 0 if args.strategy == "group" else 0,
@@ -85,7 +102,7 @@ def _floats(args: Args, read: Read) -> Applied:
     from qcompile.transform import Applied
     from qcompile.transforms.round_float import RoundFloat
 
-    tensors = {name: read(name).reshape(1) for name in suffixes(args)}
+    tensors = {name: _one(read(name)) for name in suffixes(args)}
     made = RoundFloat(
         per=args.strategy,  # type: ignore[arg-type]
         size=args.group_size or 0 if args.strategy == "group" else 0,
@@ -93,6 +110,10 @@ def _floats(args: Args, read: Read) -> Applied:
         element=_ELEMENTS[args.num_bits],  # type: ignore[arg-type]
     )
     return Applied(made, tensors)
+
+
+def _one(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(1) if tensor.numel() == 1 else tensor
 
 
 def _mx(args: Args) -> Transform:

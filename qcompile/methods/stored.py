@@ -139,3 +139,9 @@ def permutation(order: torch.Tensor, name: str, module: Module) -> torch.Tensor:
             remedy="the file is damaged, or belongs to another architecture",
         )
     return order
+
+
+def dtypes(names: Sequence[str], allowed: Sequence[str], source: TensorSource, module: Module) -> None:
+    """`expect` for the dtypes alone, of tensors whose shape is not known yet."""
+    for name in names:
+        expect(name, source, allowed, source.info(name).shape, module)

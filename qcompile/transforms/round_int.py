@@ -20,7 +20,7 @@ class RoundInt(Rounding):
     Symmetric: scale = max|x| / `divisor` (0: half the range, 127.5 for 8 bits), without a zero point. Otherwise the
     range reaches from min(x, 0) to max(x, 0) and has a zero point: low - min / scale, rounded last and added to x / scale
     before that is rounded (`zero_first`), or rounded alone and added to the rounded x. `zero`: the dtype of a stored
-    zero point [1] beside the stored scale; "": none.
+    zero point beside the stored scale; "": none.
     """
 
     kind: ClassVar[str] = "round-int"
@@ -32,7 +32,7 @@ class RoundInt(Rounding):
     zero_first: bool = True
 
     def stored(self, K: int) -> tuple[Stored, ...]:
-        zero = (Stored("zero", self.zero, (1,)),) if self.zero else ()
+        zero = (Stored("zero", self.zero, self.stored_shape),) if self.zero else ()
         return (*super().stored(K), *zero)
 
     def rounded(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -77,14 +77,14 @@ class Rounding(Transform):
 
     One scale holds for a whole call ("tensor"), each row ("token"), each index of dimension 1 over all of the others
     ("position") or of the first two ("head"), or every `size` inputs of a row ("group"; the last may be short). `scale` is
-    the dtype of a stored scale [1] that holds for everything, or [heads, 1, 1] for each index of dimension 1; "": computed for each call from the maximum of |x|, which `least` and `most`
-    bound (0: no bound). The scale is at least `floor`, and `empty` where it would be 0. `arithmetic`: x / scale
-    ("divide"), x * (1 / scale) ("reciprocal"), or x times the inverse limit / maximum ("inverse"). All in `dtype`.
+    the dtype of a stored scale [1] that holds for everything, or, with `heads`, [heads, 1, 1] for each index of
+    dimension 1; "": computed for each call from the maximum of |x|, which `least` and `most` bound (0: no bound). The
+    scale is at least `floor`, and `empty` where it would be 0. `arithmetic`: x / scale ("divide"), x * (1 / scale)
+    ("reciprocal"), or x times the inverse limit / maximum ("inverse"). All in `dtype`.
     """
 
     per: Per = "token"
     size: int = 0
-    heads: int = 0
     scale: str = ""
     least: float = 0.0
     most: float = 0.0
@@ -92,6 +92,7 @@ class Rounding(Transform):
     empty: float = 2.0**-23
     arithmetic: Literal["divide", "reciprocal", "inverse"] = "divide"
     dtype: Literal["f32", "f16", "bf16"] = "f32"
+    heads: int = field(default=0, kw_only=True)
 
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("scale", self.scale, self.stored_shape),) if self.scale else ()

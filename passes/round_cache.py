@@ -1,0 +1,56 @@
+"""Keys and values are rounded as the method says before attention reads them and its cache keeps them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from qcompile.passes.base import Context, Pass
+from qcompile.passes.graph import arguments, call, shape, tensor_node, unused_name
+from qcompile.program import Program
+from qcompile.transform import Applied
+
+qc = torch.ops.qcompile
+
+
+@dataclass(frozen=True)
+class RoundCache(Pass):
+    """The keys (after rotary embedding) and values of every causal `qcompile.attention` go through a transform.
+
+    Which one the method says, for the path of each attention module; most methods leave them as they are.
+    """
+
+    name: ClassVar[str] = "round-cache"
+
+    def run(self, program: Program, ctx: Context) -> int:
+        if ctx.method is None or ctx.config is None:
+            return 0
+        count = 0
+        for node in program.graph.graph.find_nodes(op="call_function", target=qc.attention.default):
+            given, path = arguments(node), node.meta.get("module", "")
+            heads, width = shape(given["k"])[1], shape(given["k"])[-1]
+            found = ctx.method.cache(ctx.config, path, heads, width, program.source) if given["causal"] else None
+            if found is None:
+                continue
+            if not ctx.take():
+                break
+            for name in found.claims:
+                program.ledger.claim(name, name)
+            sides = zip((1, 2), ("k", "v"), (found.k, found.v), strict=True)
+            turned = {at: self._rounded(program, node, given[side], each, f"{path}.{side}") for at, side, each in sides}
+            node.args = tuple(turned.get(at, value) for at, value in enumerate(node.args))
+            ctx.report.note(f"{path}: keys and values are rounded, {found.k.transform.summary()}")
+            count += 1
+        return count
+
+    def _rounded(self, program: Program, node: Node, x: Node, each: Applied, name: str) -> Node:
+        stored = []
+        for kept, tensor in each.tensors.items():
+            full = unused_name(program, f"{name}_{kept}")
+            stored.append(tensor_node(program, full, tensor))
+        text = json.dumps(each.transform.to_json())
+        return call(node, qc.transform.default, (x, stored, text), self.name)
