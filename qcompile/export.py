@@ -141,4 +141,6 @@ def _dense(packed: Packed, record: WeightRecord) -> tuple[str, torch.Tensor]:
     else:
         weight = dequantize(packed.format, packed.tensors, packed.N, packed.K)
     module = record.origin.module
-    return module.weight, weight.t() if module.kind == "Conv1D" else weight
+    if module.experts:
+        weight = weight.reshape(module.experts, module.n, module.k)
+    return module.weight, weight.transpose(-1, -2) if module.kind == "Conv1D" or module.transposed else weight

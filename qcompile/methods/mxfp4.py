@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -83,8 +83,9 @@ class Mxfp4(Method):
         if self.prequantized(config, source):
             return self._stored(config, module, names, source)
         layer = module.path.rpartition(".")[0]
-        patterns, routers = config.modules_to_not_convert, [_router(m) for m in modules.values() if m.experts]
-        skip.check("modules_to_not_convert", patterns or (), [*modules, *routers], self.name)
+        patterns = config.modules_to_not_convert
+        others = [path for m in modules.values() if m.experts for path in _beside(m)]
+        skip.check("modules_to_not_convert", patterns or (), [*modules, *others], self.name)
         dense = skip.dense(replace(module, path=layer), modules, "modules_to_not_convert", patterns, kinds=("Experts",))
         if dense or config.dequantize:
             return Skip(dense or "dequantize is true")
@@ -94,10 +95,18 @@ class Mxfp4(Method):
     def _stored(
         self, config: Mxfp4Config, module: Module, names: dict[str, str], source: TensorSource
     ) -> Skip | Quantized:
-        there = {name.removeprefix(module.path): name for name in source.names() if name.startswith(module.path)}
-        if BLOCKS not in there and module.weight in there.values():
+        there = [name for name in source.names() if name.startswith(module.path)]
+        if names[BLOCKS] not in there and module.weight in there:
             return Skip("the checkpoint stores its weight dense")
-        stored.require(there, (BLOCKS, SCALES), module, self.name)
+        missing = [name for name in names.values() if name not in there]
+        if missing:
+            raise CheckpointError(
+                "a module quantized with mxfp4 lacks a stored tensor",
+                where=module.path,
+                found=", ".join(sorted(there)) or "no tensor of the module",
+                expected=", ".join(names.values()),
+                remedy=f"the checkpoint is incomplete: it must hold {', '.join(missing)}",
+            )
         _legal(module)
         shape = (module.experts, module.n, module.k // GROUP)
         stored.expect(names[BLOCKS], source, ("u8",), (*shape, GROUP // 2), module)
@@ -107,7 +116,7 @@ class Mxfp4(Method):
 
     def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
         rows = module.experts * module.n
-        scale = source.read(selected.names["scale"]).reshape(rows, -1)
+        scale = source.read(selected.names["scale"])
         if bool((scale == 255).any()):
             raise CheckpointError(
                 "a stored tensor holds a scale that is not finite",
@@ -116,7 +125,8 @@ class Mxfp4(Method):
                 expected="exponents from 0 to 254",
                 remedy="the file is damaged, or the quantization that wrote it failed for this module",
             )
-        tensors = {"weight": source.read(selected.names["weight"]).reshape(rows, -1), "scale": scale}
+        blocks = source.read(selected.names["weight"])
+        tensors = {"weight": blocks.reshape(rows, -1), "scale": scale.reshape(rows, -1)}
         if isinstance(selected.format, Dense):
             tensors = {"weight": dequantize(FORMAT, tensors, rows, module.k)}
         packed = Packed(selected.format, tensors, rows, module.k)
@@ -126,6 +136,9 @@ class Mxfp4(Method):
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         codes, scale = quantize_blocks(stored.usable(weight, module))
         return stored.packed(FORMAT, {"weight": codes, "scale": scale}, module)
+
+    def stored_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        return {name: value for name, value in config.to_dict().items() if name != "dequantize"}
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         if not isinstance(packed.format, Fp4):
@@ -142,9 +155,10 @@ class Mxfp4(Method):
         }
 
 
-def _router(module: Module) -> str:
-    """The path of the router beside the experts that a weight belongs to."""
-    return f"{module.path.rpartition('.')[0].rpartition('.')[0]}.router"
+def _beside(module: Module) -> tuple[str, str]:
+    """The paths of the experts that a weight belongs to and of their router, which patterns may name."""
+    experts = module.path.rpartition(".")[0]
+    return experts, f"{experts.rpartition('.')[0]}.router"
 
 
 def _legal(module: Module) -> None:
