@@ -12,6 +12,7 @@ from qcompile.formats import (
     bitnet,
     bitsandbytes,
     bitstream,
+    codebook,
     dense,
     eetq,
     fouroversix,
@@ -26,9 +27,10 @@ from qcompile.formats import (
     lanes,
     minifloat,
     mlx,
-    spqr,
+    quanto,
     quark,
     sinq,
+    spqr,
     torchao,
 )
 
@@ -55,6 +57,12 @@ CASES: list[tuple[Format, int, int]] = [
     *((higgs.Higgs(bits, 64, tile), 512, 64) for bits, tile in ((2, 32), (2, 64), (3, 32), (4, 64))),
     (higgs.Higgs(4, 64, dtype="bf16"), 128, 128),
     (spqr.Spqr(), 32, 48),
+    *((codebook.Aqlm(*shape), 6, 48) for shape in ((1, 10), (2, 8, 1, 16, "f32"), (3, 5, 2, 8), (1, 17, 3, 4))),
+    *(
+        (codebook.Vptq(*shape), 10, 52)
+        for shape in ((8, 16, 16), (6, 64, 0, 2), (4, 8, 4, 4), (5, 128, 32, 1, 0, 0, 0, False))
+    ),
+    *((codebook.Vptq(*shape), 11, 30) for shape in ((8, 512, 64, 2, 6, 4, 2**16), (3, 4, 0, 1, 2, 2, 2**16, False))),
     (eetq.Eetq(), 64, 128),
     (eetq.Eetq("f32"), 128, 64),
     *((minifloat.Fp8(dtype, columns=16), 19, 48) for dtype in ("f8e4m3", "f8e5m2")),
@@ -74,8 +82,12 @@ CASES: list[tuple[Format, int, int]] = [
     (sinq.Sinq(4, 32, False, "nf4"), 16, 64),
     (sinq.Sinq(3, 16, False, "nf3", None, "bf16"), 5, 48),
     (sinq.Sinq(4, 16, False, "", 7.0), 6, 48),
+    (sinq.Sinq(4, 16, False, "nf4", 0.25), 6, 48),
     *((sinq.SinqSquare(bits, 16, nested), 32, 48) for bits in (4, 5, 8) for nested in (True, False)),
     *((mlx.Mlx(bits, 32, "bf16" if bits == 4 else "f16"), 5, 96) for bits in (1, 2, 3, 4, 5, 6, 8)),
+    *((quanto.QuantoBits(bits, group), 5, 96) for bits in (4, 2) for group in (0, 32)),
+    (quanto.QuantoBits(4, 32, "f16", zero=True), 7, 160),
+    (quanto.QuantoBits(2, 0, "bf16"), 13, 24),
     *((torchao.Int4Rows(32, scale), 19, 96) for scale in ("bf16", "f32")),
     (torchao.Int4Tiles(64), 19, 192),
     *((dense.Dense(dtype), 3, 5) for dtype in ("f32", "f16", "bf16")),

@@ -20,7 +20,10 @@ REFUSED = {  # kinds with at least one case whose scales change too often
     "hqq": "only 1 consecutive inputs share a scale, fewer than 8",
     "bnb4": "only 1 consecutive inputs share a scale, fewer than 8",
     "gptq": "only 4 consecutive inputs share a scale, fewer than 8",
+    "aqlm": "a weight of format 'aqlm' is not a code times a scale",
     "higgs": "a weight of format 'higgs' is not a code times a scale",
+    "vptq": "a weight of format 'vptq' is not a code times a scale",
+    "sinq-square": "a weight of format 'sinq-square' is not a code times a scale",
 }
 REORDERED = {"fouroversix", "fp-quant"}  # the tensor's own scale multiplies first in lanes, last in the method
 

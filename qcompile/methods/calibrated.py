@@ -37,6 +37,7 @@ class Calibrated(Method):
         if self.prequantized(config, source):
             names = stored.tensors(source, module)
             if self.mark in names:
+                stored.refuse_both(names, self.mark, module, self.name)
                 return None
             stored.require(names, ("weight",), module, self.name)
             return Skip("the checkpoint stores its weight dense")

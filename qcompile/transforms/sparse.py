@@ -13,7 +13,6 @@ from qcompile.dtypes import DTYPES
 from qcompile.format import Stored
 from qcompile.transform import Transform
 
-
 CHUNK = 1 << 16  # numbers whose products with x are in memory at a time, for each token
 
 
