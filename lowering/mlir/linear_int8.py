@@ -82,6 +82,8 @@ class Scheme:
         group, act, table = self.lanes.group, self.act_group, self.lanes.table
         if table is not None and len(table) > 16:
             return f"a table of {len(table)} values is not looked up in a register"
+        if table is not None and self.lanes.zero is not None:
+            return "the values of a table are moved by zeros"
         if self.k % act or self.k % group or max(group, act) % min(group, act):
             return f"weight groups of {group} and activation groups of {act} do not nest in {self.k} inputs"
         if self.block % 4:

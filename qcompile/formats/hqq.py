@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from qcompile.expr import Expr, bits, k, n
+from qcompile.expr import Expr, k, n
 from qcompile.format import Problem, Stored
 from qcompile.formats.affine import Affine, Terms
+from qcompile.formats.rows import shared_row
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,9 @@ class Hqq(Affine):
     def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
         R, C = self.grid(N, K)
         row, column = (n * K + k) // C, (n * K + k) % C
-        step = -(-R // self.parts)
         at = (row, 0) if self.axis == 1 else (0, column)
-        shift = (row // step * -1 + (self.parts - 1)) * self.bits
-        return {"code": bits(t.W_q[row % step, column], shift, self.bits), "scale": t.scale[at], "zero": t.zero[at]}
+        code = shared_row(lambda word: t.W_q[word, column], row, R, self.parts, self.bits)
+        return {"code": code, "scale": t.scale[at], "zero": t.zero[at]}
 
     def terms(self, f: Any) -> Terms:
         return Terms(f.code, f.scale, f.zero, rounding=f"each-{self.dtype}" if self.dtype != "f32" else "none")

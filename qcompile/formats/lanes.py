@@ -186,11 +186,14 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
         None if expr is None else _at(packed, expr, columns[::group]) for expr in (terms.scale, zero_expr, terms.offset)
     )
     assert scale is not None  # every format with terms has one
+    entries, level = terms.table, _zero_kind(zero)
+    if entries is not None and isinstance(level, float):  # one zero for all: a table of other values
+        entries, level = tuple((torch.tensor(entries) - level).tolist()), None
     layout = Lanes(
         bits=interval(terms.code)[1].bit_length() + signed if kind == "int" else 8,
         group=group,
-        table=terms.table,
-        zero=_zero_kind(zero),
+        table=entries,
+        zero=level,
         scale=NAMES[scale.dtype],
         rounding=terms.rounding,
         offset=None if offset is None else NAMES[offset.dtype],

@@ -86,7 +86,9 @@ class AwqConfig(MethodConfig):
     @property
     def interleaved(self) -> bool:
         """Whether outputs are stored in AWQ's order of eight: at 4 bits, and by AutoRound at 5 to 7 too."""
-        theirs = "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
+        theirs = (
+            "autoround" in str(self.unused.get("provider", "")).replace("-", "") or "autoround_version" in self.unused
+        )
         return self.bits == 4 or (theirs and self.bits in (5, 6, 7))
 
     def to_dict(self) -> dict[str, Any]:
