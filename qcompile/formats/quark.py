@@ -16,9 +16,10 @@ from qcompile.formats.awq import ORDER
 class QuarkInt4(Affine):
     """W = (code - zero) * scale in f32, eight codes to a word: of neighbours in AWQ's order, or in their own.
 
-    One scale for `group` inputs of an output (`per` "group"): weight i32 [K, N / 8], scale (`scale`) [K / group, N], zero i32
-    [K / group, N / 8]; for an output ("channel"): weight i32 [N, K / 8], scale [N], zero i32 [N / 8]; for all: weight as
-    the last, scale [1], zero i32 [1]. `zero` false: none is stored. `signed` numbers are in two's complement.
+    One scale for `group` inputs of an output (`per` "group"): weight i32 [K, N / 8], scale (`scale`) [K / group, N], zero
+    i32 [K / group, N / 8]; one for an output ("channel"): weight i32 [N, K / 8], scale [N], zero i32 [N / 8]; one for all
+    ("tensor"): weight as the last, scale [1], zero i32 [1]. `group` says nothing in the last two. `zero` false: none is
+    stored. `signed` numbers are in two's complement.
     """
 
     kind: ClassVar[str] = "quark-int4"
@@ -30,7 +31,7 @@ class QuarkInt4(Affine):
     zero: bool = False
 
     def stored(self, N: int, K: int) -> tuple[Stored, ...]:
-        words, groups = -(-N // 8), K // self.group
+        words, groups = -(-N // 8), K // (self.group or K)
         weight = (K, words) if self.per == "group" else (N, -(-K // 8))
         scale: tuple[int, ...] = {"group": (groups, N), "channel": (N,)}.get(self.per, (1,))
         zero: tuple[int, ...] = {"group": (groups, words), "channel": (words,)}.get(self.per, (1,))
