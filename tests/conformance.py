@@ -30,6 +30,8 @@ class Bound:
 
 BFLOAT = "the reference rounds to bf16 between layers, which flips codes of activations; single layers agree to 3e-3"
 
+FOUR_BITS = "as above, with activations of 4 bits; single layers agree bit for bit, but for the order of two factors"
+
 # The first pattern that fits a folder's name holds.
 BOUNDS: tuple[tuple[str, Bound], ...] = (
     ("awq-gemv_fast", Bound(1e-3, 2e-3, "the file stores scale * zero rounded to f16; the reference was made without")),
@@ -39,6 +41,8 @@ BOUNDS: tuple[tuple[str, Bound], ...] = (
     ("fbgemm_fp8*", Bound(0.0, 5e-2, BFLOAT)),
     ("higgs-4bit-p1-bf16", Bound(1e-15, 1e-3, "the rotation back, in float64, adds in another order")),
     ("quark-fp8", Bound(0.0, 5e-2, BFLOAT)),
+    ("fouroversix*", Bound(2e-7, 0.2, FOUR_BITS)),
+    ("fp_quant*", Bound(2e-7, 0.2, FOUR_BITS)),
     ("*", Bound()),
 )
 

@@ -132,7 +132,9 @@ class FpQuant(Method):
             stored.require(names, ("weight", *_SCALES, _FORWARD, _BACKWARD), module, self.name)
         else:
             own = {s.name: "dqweight" if s.name == "weight" else s.name for s in fmt.stored(module.n, module.k)}
-            stored.require(names, (*own.values(), *_SCALES, _FORWARD, _BACKWARD), module, self.name)
+            stored.require(
+                names, tuple(dict.fromkeys((*own.values(), *_SCALES, _FORWARD, _BACKWARD))), module, self.name
+            )
             stored.refuse_both(names, next(iter(own.values())), module, self.name)
         used = {name: names[official] for name, official in own.items()}
         stored.expect_all(fmt, used, source, module) if used else None
@@ -202,7 +204,7 @@ class FpQuant(Method):
         emulated = config.pseudoquantization
         rounding = RoundFpQuant(cast(Any, config.forward_dtype), cast(Any, config.forward_method), emulated)
         before = [
-            Applied(Rotate(config.size), {"matrix": around[_FORWARD]}),
+            Applied(Rotate(config.size), {"matrix": around[_FORWARD].t().contiguous()}),
             Applied(rounding, {name: around[name] for name in _SCALES}),
             *([Applied(RoundTo())] if emulated else []),
         ]
@@ -210,7 +212,7 @@ class FpQuant(Method):
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         rotate, rounding = packed.before[:2]
-        matrix = rotate.tensors["matrix"]
+        matrix = rotate.tensors["matrix"].t().contiguous()
         weight = {"dqweight" if name == "weight" else name: tensor for name, tensor in packed.tensors.items()}
         return weight | rounding.tensors | {_FORWARD: matrix, _BACKWARD: matrix.clone()}
 
