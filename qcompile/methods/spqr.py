@@ -91,7 +91,7 @@ class Spqr(Calibrated):
 
         names = stored.tensors(source, module)
         words = source.read(names["dense_weights"])
-        _check_copies(words, names["dense_weights"], module)
+        _check_tiles(words, names["dense_weights"], module)
         tiles = words.view(torch.int32).reshape(module.n // SIDE, module.k // SIDE, SIDE, 2)
         packed = stored.packed(selected.format, {"words": tiles}, module)
         perm = source.read(names["in_perm"])
@@ -180,13 +180,15 @@ def outliers(offsets: torch.Tensor, words: torch.Tensor, name: str, module: Modu
     return Applied(Sparse(module.n, len(row), "f16", "f16"), tensors)
 
 
-def _check_copies(words: torch.Tensor, name: str, module: Module) -> None:
+def _check_tiles(words: torch.Tensor, name: str, module: Module) -> None:
+    """CheckpointError unless both copies of each byte agree, and the numbers that they make are finite."""
     byte = (words >> 54 & 0xFF).reshape(-1, 2)
     wrong = byte[:, 0] != byte[:, 1]
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0])
         found = f"bytes {byte[at].tolist()} in words {2 * at} and {2 * at + 1}"
         raise _damaged("two rows of a tile disagree on its scales", name, module, found, "one byte twice")
+    stored.finite(byte[:, 0].to(torch.uint8).view(torch.float16), name, module)
 
 
 def _damaged(what: str, name: str, module: Module, found: str, expected: str) -> CheckpointError:
