@@ -199,10 +199,15 @@ def erase_unused(nodes: Sequence[Node]) -> None:
 
 
 def forget(program: Program, nodes: Sequence[Node]) -> None:
-    """Drops stored tensors that nobody reads any more, with their nodes, so that their memory is free at once."""
+    """Drops stored tensors that nobody reads any more, with their nodes, so that their memory is free at once.
+
+    What a module's record still needs to give its weight stays.
+    """
+    named = {name for record in program.weights.values() for name in record.names()}
     for node in dict.fromkeys(nodes):
         if not node.users:
-            program.tensors.pop(node.meta["tensor"], None)
+            if node.meta["tensor"] not in named:
+                program.tensors.pop(node.meta["tensor"], None)
             program.graph.graph.erase_node(node)
             delattr(program.graph, str(node.target))
 

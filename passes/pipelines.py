@@ -42,9 +42,9 @@ FULL: tuple[str, ...] = (
     "round-cache",  # while keys and values still go to one attention
     "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
     "fuse-dequantize",
+    "decompose",  # before layouts: a rotation holds a linear of its own
     "choose-layout",  # before merging: only layouts tell which weights can lie side by side
     "share-subexpressions",  # so that equal inputs of linears are one node, which merging looks for
-    "decompose",  # after equal transforms are one, before pointwise chains are looked for
     "fuse-activation",  # before constants fold and epilogues look for activations
     "fuse-norm",  # before constants fold: 1 + weight is an offset of the norm
     "fuse-rope",

@@ -31,6 +31,7 @@ class Bound:
 BFLOAT = "the reference rounds to bf16 between layers, which flips codes of activations; single layers agree to 3e-3"
 
 FOUR_BITS = "as above, with activations of 4 bits; single layers agree bit for bit, but for the order of two factors"
+FOUR_BITS = "the reference rounds to bf16 between layers, which flips 4-bit codes of activations; single layers agree"
 
 # The first pattern that fits a folder's name holds.
 BOUNDS: tuple[tuple[str, Bound], ...] = (
@@ -41,6 +42,10 @@ BOUNDS: tuple[tuple[str, Bound], ...] = (
     ("fbgemm_fp8*", Bound(0.0, 5e-2, BFLOAT)),
     ("higgs-4bit-p1-bf16", Bound(1e-15, 1e-3, "the rotation back, in float64, adds in another order")),
     ("quark-fp8", Bound(0.0, 5e-2, BFLOAT)),
+    ("compressed_tensors-float-fp8-[bd]*", Bound(0.0, 6e-2, BFLOAT)),
+    ("compressed_tensors-nvfp4", Bound(0.0, 0.15, FOUR_BITS)),
+    ("fouroversix*", Bound(1e-7, 0.2, f"scales are one float32 rounding apart on cpu; {FOUR_BITS}")),
+    ("fp_quant*", Bound(2e-7, 0.2, f"undoing the rotation rounds to float32; {FOUR_BITS}")),
     ("fouroversix*", Bound(2e-7, 0.2, FOUR_BITS)),
     ("fp_quant*", Bound(2e-7, 0.2, FOUR_BITS)),
     ("*", Bound()),

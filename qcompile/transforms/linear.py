@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qcompile.format import Stored
+from qcompile.formats.dense import Dense
+from qcompile.ops import LinearSpec, Part
 from qcompile.transform import Transform
 
 
@@ -75,7 +77,10 @@ class Hadamard(Transform):
 
 @dataclass(frozen=True)
 class Rotate(Transform):
-    """Every `size` inputs, as a row, times a stored matrix. matrix (`dtype`) [size, size]."""
+    """Every `size` inputs go through a linear layer of their own, the same for all. matrix (`dtype`) [size, size].
+
+    The result is block @ matrix.T; the matrix is orthogonal.
+    """
 
     kind: ClassVar[str] = "rotate"
     size: int = 32
@@ -85,9 +90,11 @@ class Rotate(Transform):
         return (Stored("matrix", self.dtype, (self.size, self.size)),)
 
     def apply(self, x: Tensor, t: Mapping[str, Tensor]) -> Tensor:
-        turned: Tensor = x.reshape(*x.shape[:-1], -1, self.size) @ t["matrix"].to(torch.float32)
+        spec = LinearSpec(self.size, (Part(Dense(self.dtype).to_json(), self.size, 1),))
+        blocks = x.reshape(*x.shape[:-1], -1, self.size)
+        turned: Tensor = torch.ops.qcompile.linear(blocks, [t["matrix"]], [], spec.to_text())
         return turned.flatten(-2)
 
     def weight(self, w: Tensor, t: Mapping[str, Tensor]) -> Tensor:
-        turned: Tensor = w.double().reshape(len(w), -1, self.size) @ t["matrix"].double().t()
+        turned: Tensor = w.double().reshape(len(w), -1, self.size) @ t["matrix"].double()
         return turned.flatten(-2).float()
