@@ -10,10 +10,9 @@ import torch
 
 from qcompile.dtypes import DTYPES, itemsize
 from qcompile.errors import ConfigError, InternalError
-from qcompile.evaluate import Reader, dequantize, row_chunks
+from qcompile.evaluate import Reader, row_chunks
 from qcompile.expr import FLOATS, Expr, const, walk
-from qcompile.format import Format, Names, Stored
-from qcompile.formats.affine import Affine
+from qcompile.format import Format, Stored
 from qcompile.simplify import Simplifier, coordinates
 
 Tensors = Mapping[str, torch.Tensor]
@@ -59,46 +58,6 @@ def pack(format: Format, fields: Tensors, N: int, K: int) -> dict[str, torch.Ten
             done[s.name] = _fill(s, [piece for piece in pieces if piece.tensor is s], fields, done, simple)
     _verify(format, done, {name: simple(expr) for name, expr in located.items()}, fields)
     return done
-
-
-def repack(source: Format, target: Format, tensors: Tensors, N: int, K: int) -> dict[str, torch.Tensor]:
-    """The stored tensors of the same weight in another format; ConfigError unless every weight stays the same."""
-    true = dequantize(source, tensors, N, K)
-    packed = pack(target, _fields_for(source, target, tensors, true, N, K), N, K)
-    different = int((dequantize(target, packed, N, K) != true).sum())
-    if different:
-        raise ConfigError(
-            f"format '{target.kind}' cannot hold a weight of format '{source.kind}' exactly",
-            found=f"{different} of {N * K} weights would change",
-            expected="the same weights",
-        )
-    return packed
-
-
-def _fields_for(source: Format, target: Format, tensors: Tensors, true: torch.Tensor, N: int, K: int) -> Tensors:
-    """The fields of `target` that describe the weight stored in `source`."""
-    have = unpack(source, tensors, N, K) | {"weight": true}
-    if isinstance(source, Affine) and isinstance(target, Affine):
-        reader = Reader(tensors, torch.arange(N), torch.arange(K))
-        terms = source.terms(Names(**source.located(N, K)))
-        into = target.terms(Names(**target.located(N, K)))
-        for name in ("code", "scale", "zero", "offset"):
-            if (expr := getattr(terms, name)) is not None:
-                have[name] = reader(expr).expand(N, K)
-        zero = have.get("zero", torch.zeros(1, 1))
-        if into.zero is None or into.zero.op == "const":
-            fixed = 0 if into.zero is None else int(into.zero.attr)
-            have["code"] = (have["code"] - zero + fixed).to(torch.int32)
-        have["zero"], have["absmax"] = zero.expand(N, K), have["scale"]
-        have.setdefault("offset", torch.zeros(1, 1).expand(N, K))
-    needed = target.located(N, K).keys()
-    if lacking := needed - have.keys():
-        raise ConfigError(
-            f"format '{source.kind}' does not say all that '{target.kind}' stores",
-            found=", ".join(sorted(have)),
-            expected=", ".join(sorted(lacking)),
-        )
-    return {name: have[name] for name in needed}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from qcompile.formats.gguf import Q4_0, Q8_0
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.hqq import Hqq
 from qcompile.formats.lanes import Lanes
-from qcompile.pack import pack, repack, unpack
+from qcompile.pack import pack, unpack
+from qcompile.repack import repack
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,34 +86,3 @@ def test_a_field_that_does_not_fit_is_an_error_that_names_the_weight() -> None:
         pack(Gptq(4, 8), {"code": code % 16, "zero": good["zero"], "scale": scale}, 4, 8)
     with pytest.raises(ConfigError, match="has other fields\n  found:    code, scale, zero\n  expected: code, scale"):
         pack(Q4_0(), {"code": code, **good}, 4, 32)
-
-
-PAIRS: list[tuple[Format, Format]] = [
-    (Gptq(4, 32), Awq(4, 32)),
-    (Awq(4, 32), Gptq(4, 32, v1=False)),
-    (Gptq(3, 32, v1=False), Hqq(8, 32)),
-    (Q4_0(), Hqq(4, 32, dtype="f32")),
-    (Q4_0(), Lanes(4, 32, None, 8.0, "f16")),
-    (Hqq(4, 32), Dense("f16")),
-    (Bnb4("nf4", 64), Dense("f32")),
-]
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=[f"{a.kind}-{b.kind}" for a, b in PAIRS])
-def test_a_weight_moves_to_another_format_unchanged(source: Format, target: Format) -> None:
-    N, K = 16, 64
-    tensors = pack(source, unpack(source, random_storage(source, N, K), N, K), N, K)
-    moved = repack(source, target, tensors, N, K)
-    assert torch.equal(dequantize(target, moved, N, K), dequantize(source, tensors, N, K))
-
-
-def test_a_move_that_would_change_weights_is_refused() -> None:
-    tensors = random_storage(Hqq(4, 32), 16, 64)  # zeros that are not integers
-    with pytest.raises(ConfigError):
-        repack(Hqq(4, 32), Q8_0(), tensors, 16, 64)
-    dense = random_storage(Dense("f32"), 4, 32)
-    with pytest.raises(ConfigError) as error:
-        repack(Dense("f32"), Dense("bf16"), dense, 4, 32)
-    assert "cannot hold a weight of format 'dense' exactly" in str(error.value)
-    with pytest.raises(ConfigError, match="does not say all that 'gguf-q8_0' stores"):
-        repack(Dense("f32"), Q8_0(), dense, 4, 32)

@@ -98,12 +98,12 @@ def _calibrated(
 def written(packed: Packed) -> Tensors:
     """The tensors of a weight by the package's names, as it writes them since 0.18."""
     from qcompile.formats.bitstream import Bitstream
-    from qcompile.pack import repack
+    from qcompile.repack import repack
 
     fmt, tensors = packed.format, packed.tensors
     if isinstance(fmt, Bitstream) and fmt.padded:
         new = replace(fmt, padded=False)
-        fmt, tensors = new, repack(fmt, new, tensors, packed.N, packed.K)
+        fmt, tensors = new, repack(packed, new).tensors
     if fmt.kind == "dense":
         return dict(tensors)
     out = {name: tensors[own] for own, name in official(fmt).items()}

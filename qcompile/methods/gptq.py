@@ -307,12 +307,12 @@ class Gptq(Method):
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         """The tensors with zeros as `format` stores them, and the group of each input, which loaders expect."""
-        from qcompile.pack import repack
+        from qcompile.repack import repack
 
         fmt, tensors = cast("GptqFormat", packed.format), packed.tensors
         wanted = replace(fmt, v1=cast(GptqConfig, config).format == "gptq")
         if wanted != fmt:
-            tensors = repack(fmt, wanted, tensors, packed.N, packed.K)
+            tensors = repack(packed, wanted).tensors
         return {"g_idx": (torch.arange(packed.K) // fmt.group).to(torch.int32)} | tensors
 
     def sidecars(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
