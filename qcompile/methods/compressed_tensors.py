@@ -307,8 +307,7 @@ def _uncalibrated(where: str, dynamic: bool | str) -> ConfigError:
 
 def _no_scale(name: str, args: Args, path: str, source: TensorSource) -> QCompileError:
     """The error about a scale of keys or values that is not in the source: of one module, or of all."""
-    end = name.rsplit(".", 1)[-1]
-    if not any(other.endswith(f".{end}") for other in source.names()):
+    if not any(other.endswith((".k_scale", ".v_scale")) for other in source.names()):
         return _uncalibrated(f"{path}, 'kv_cache_scheme'", args.dynamic)
     return CheckpointError(
         "an attention module lacks a scale for its keys or values",

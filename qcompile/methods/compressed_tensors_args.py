@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ class Args:
             values["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
         made = cls(**values)
         made._check(where)
-        return made
+        # Zero points that do not exist have no dtype: the package drops the field too.
+        return replace(made, zp_dtype=None) if made.symmetric or made.zp_dtype == "None" else made
 
     def _check(self, where: str) -> None:
         def require(ok: bool, name: str, expected: str, remedy: str = "") -> None:

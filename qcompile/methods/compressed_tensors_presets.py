@@ -7,7 +7,7 @@ from typing import Any
 
 def _floats(bits: int, strategy: str, size: int | None = None, scale: str | None = None, **more: Any) -> dict[str, Any]:
     made = {"num_bits": bits, "type": "float", "strategy": strategy, "group_size": size} | more
-    return made | ({"scale_dtype": f"torch.{scale}", "zp_dtype": f"torch.{scale}"} if scale else {})
+    return made | ({"scale_dtype": f"torch.{scale}"} if scale else {})
 
 
 def _integers(bits: int, strategy: str, size: int | None = None, **more: Any) -> dict[str, Any]:
