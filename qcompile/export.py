@@ -94,14 +94,16 @@ def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int)
     chosen = None if artifact.quantization_config is None else parse_config(artifact.quantization_config)
     weights = _Weights(artifact.weights, tensors)
     config = {name: value for name, value in artifact.model_config.items() if name != "quantization_config"}
-    sidecars, metadata = dict[str, Any](), {"format": "pt"}
+    sidecars, metadata, indexed = dict[str, Any](), {"format": "pt"}, False
     if chosen is not None:
         method, parsed = chosen
         config["quantization_config"] = method.stored_config(parsed, weights)
+        config |= method.model_config(parsed, weights)
+        indexed = method.indexed
         sidecars, metadata = method.sidecars(parsed, weights), method.metadata(parsed, weights, _dtype(artifact))
     if artifact.checkpoint.generation_config:
         sidecars[GENERATION] = artifact.checkpoint.generation_config
-    with Shards(folder, metadata, shard_bytes) as out:
+    with Shards(folder, metadata, shard_bytes, indexed=indexed) as out:
         for name, tensor in _tensors(artifact, tensors, weights, chosen):
             if name not in out.names:  # a weight that modules share is one tensor
                 out.add(name, tensor)

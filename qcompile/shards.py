@@ -23,11 +23,14 @@ class Shards:
     """The weights of a checkpoint on their way into `folder`; only the tensor being added is in memory.
 
     The data of a file are collected beside it, because its header, which comes first, names them all. `metadata` goes
-    into every header.
+    into every header. With `indexed` a single file is a shard too.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self, folder: Path, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES, *, indexed: bool = False
+    ):
         self.folder, self.metadata, self.shard_bytes = folder, dict(metadata), shard_bytes
+        self.indexed = indexed
         self.files: list[tuple[Path, dict[str, Any]]] = []
         self.names: set[str] = set()
         self._data: BinaryIO | None = None
@@ -77,8 +80,9 @@ class Shards:
             assert self._data is not None
             self._data.close()
         count, weight_map, total = len(self.files), dict[str, str](), 0
+        whole = count == 1 and not self.indexed
         for at, (path, header) in enumerate(self.files, 1):
-            name = SINGLE if count == 1 else f"model-{at:05}-of-{count:05}.safetensors"
+            name = SINGLE if whole else f"model-{at:05}-of-{count:05}.safetensors"
             text = json.dumps({"__metadata__": self.metadata, **header}, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             with (self.folder / name).open("xb") as out, path.open("rb") as data:
@@ -87,6 +91,6 @@ class Shards:
             total += path.stat().st_size
             path.unlink()
             weight_map |= dict.fromkeys(header, name)
-        if count > 1:
+        if not whole:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

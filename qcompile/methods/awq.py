@@ -92,7 +92,8 @@ class AwqConfig(MethodConfig):
         return self.bits == 4 or (theirs and self.bits in (5, 6, 7))
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"version": self.format}
+        order = {"provider": "auto-round"} if self.interleaved and self.bits != 4 else {}
+        return super().to_dict() | {"version": self.format} | order
 
 
 class Awq(Method):

@@ -146,11 +146,13 @@ class Method(ABC):
     `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count. `experts` is
     true for methods that convert the fused weights of a mixture of experts: `select` then sees modules of the kind
     "Experts", `read` gives their weight [E * N, K], and `quantize` is asked for each expert as for a linear layer.
+    `indexed` is true where the package reads checkpoints by their index alone, even if all is in one file.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
     formats: ClassVar[tuple[str, ...]]
+    indexed: ClassVar[bool] = False
     experts: ClassVar[bool] = False
 
     def recognise(self, model_config: Mapping[str, Any], source: TensorSource) -> dict[str, Any] | None:
@@ -193,6 +195,10 @@ class Method(ABC):
     def stored_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint that holds `weights` (module path -> what `write` was given)."""
         return config.to_dict()
+
+    def model_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        """What else a checkpoint's config.json says about it, beside its `quantization_config`."""
+        return {}
 
     def sidecars(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
         """Further JSON files of a checkpoint: file name -> content."""

@@ -236,6 +236,12 @@ class Metal(Method):
         said = config.to_dict()
         return {name: said[name] for name in ("quant_method", "bits", "group_size", "modules_to_not_convert")}
 
+    def model_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        """MLX reads `quantization`, and writes the same again as `quantization_config`."""
+        return (
+            {"quantization": self.stored_config(config, weights)} if cast(MetalConfig, config).mode is not None else {}
+        )
+
 
 def _marked(source: TensorSource) -> bool:
     """True when some module of the source has scales beside words of codes."""

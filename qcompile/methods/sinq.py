@@ -93,6 +93,7 @@ class Sinq(Method):
     name = "sinq"
     Config = SinqConfig
     formats = ("sinq", "sinq-square")
+    indexed = True
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".W_q") or name == "W_q" for name in source.names())

@@ -236,6 +236,7 @@ def test_a_number_that_is_not_finite_reaches_the_result(bad: float) -> None:
         (32, 60, Lanes(4, 10, zero=8.0), {}, "no multiple of 4"),
         (32, 96, Lanes(4, 48, zero=8.0), {"act_group": 32}, "do not nest"),
         (32, 96, Lanes(8, 96, tuple(map(float, range(256))), None), {}, "a table of 256 values"),
+        (32, 96, Lanes(4, 48, tuple(map(float, range(16))), "f16"), {}, "the values of a table are moved by zeros"),
         (40, 96, Lanes(4, 48, zero=8.0), {"epilogue": ({"op": "glu", "act": "silu"},)}, "20 rows of each half"),
     ],
 )

@@ -187,7 +187,8 @@ def test_awq_exports_of_5_to_7_bits_keep_the_order_of_eight() -> None:
         config = AutoRoundConfig(bits, 32, False, packing_format="auto_round:auto_awq")
         source = stored(config, weight)
         data = {"bits": bits, "group_size": 32, "provider": "auto-round", "iters": 6, "sym": False, "version": "gemm"}
-        selected = method("awq").select(AwqConfig.from_dict(data, lenient=True), module, source, {"fc": module})
+        awq = AwqConfig.from_dict(AwqConfig.from_dict(data, lenient=True).to_dict())
+        selected = method("awq").select(awq, module, source, {"fc": module})
         assert isinstance(selected, Quantized)
         assert selected.format == METHOD.quantize(config, module, weight).format
         plain = AwqConfig.from_dict(data | {"provider": "gptqmodel"}, lenient=True)

@@ -159,9 +159,9 @@ def test_layers_of_one_checkpoint_differ() -> None:
     selected = chosen(config, stored(config, sample()))
     assert isinstance(selected, Quantized)
     assert selected.format.to_json() == {"kind": "mlx", "bits": 8, "group": 32, "scale": "bf16"}
-    assert Metal().stored_config(config, {}) == {
-        "group_size": 64, "bits": 4, "mode": "affine", "fc": {"bits": 8, "group_size": 32}
-    }  # fmt: skip
+    said = {"group_size": 64, "bits": 4, "mode": "affine", "fc": {"bits": 8, "group_size": 32}}
+    assert Metal().stored_config(config, {}) == said
+    assert Metal().model_config(config, {}) == {"quantization": said} and Metal().model_config(MetalConfig(), {}) == {}
 
 
 # Which modules
