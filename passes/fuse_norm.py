@@ -49,7 +49,8 @@ def _offset_is_number(match: Match) -> str | None:
 
 
 def _ones(x: Any) -> Any:
-    return aten.ones.default([value(x.node).shape[-1]])
+    # With no node among its arguments, a call would be made here and now.
+    return x.tracer.create_proxy("call_function", aten.ones.default, ([value(x.node).shape[-1]],), {})
 
 
 def _has_weight(match: Match) -> str | None:

@@ -68,6 +68,16 @@ def test_rms_norms_of_every_spelling() -> None:
     assert ops(made) == ["qcompile.rms_norm"]
 
 
+def test_a_norm_of_a_norm_is_two_norms() -> None:
+    made, ctx = fused(lambda x, one, two: norm(norm(x, one), two), FuseNorm(), one=torch.rand(32), two=torch.rand(32))
+    assert ops(made) == ["qcompile.rms_norm", "qcompile.rms_norm"] and ctx.report.passes[-1] == ("fuse-norm", 2)
+
+
+def test_a_norm_without_a_weight_gets_a_node_of_ones() -> None:
+    made, _ = fused(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), FuseNorm())
+    assert ops(made) == ["aten.ones", "qcompile.rms_norm"]
+
+
 def test_a_norm_over_another_dimension_is_left_alone() -> None:
     made, ctx = fused(lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), FuseNorm())
     assert ctx.report.passes[-1] == ("fuse-norm", 0) and "aten.rsqrt" in ops(made)
