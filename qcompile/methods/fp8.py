@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -90,6 +90,7 @@ class FineGrainedFp8(Method):
     name = "fp8"
     Config = FineGrainedFp8Config
     formats = ("fp8", "fp4")
+    experts = True
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         scales = ("weight_scale_inv", "qscale_weight")
@@ -101,11 +102,16 @@ class FineGrainedFp8(Method):
         config = cast(FineGrainedFp8Config, config)
         if self.prequantized(config, source):
             return self._stored(config, module, source)
-        patterns = config.modules_to_not_convert
-        skip.check("modules_to_not_convert", patterns or (), modules, self.name)
-        dense = skip.dense(module, modules, "modules_to_not_convert", patterns)
+        patterns, layer = config.modules_to_not_convert, module
+        others = [path for m in modules.values() if m.experts for path in _beside(m)]
+        skip.check("modules_to_not_convert", patterns or (), [*modules, *others], self.name)
+        if module.kind == "Experts":  # patterns name the layer that has both weights
+            layer = replace(module, path=_beside(module)[0])
+        dense = skip.dense(layer, modules, "modules_to_not_convert", patterns, kinds=("Linear", "Experts"))
         if dense or config.dequantize:
             return Skip(dense or "dequantize is true: no weight is quantized")
+        if module.transposed or (module.kind == "Experts" and module.bias is not None):
+            return Skip("experts with biases, or stored as [K, N], are not converted by the method")
         rows, columns = config.weight_block_size or (module.n, module.k)
         if module.n % rows or module.k % columns:
             return Skip(f"[{module.n}, {module.k}] is not made of whole blocks [{rows}, {columns}]: it stays dense")
@@ -123,7 +129,7 @@ class FineGrainedFp8(Method):
             )
 
     def _stored(self, config: FineGrainedFp8Config, module: Module, source: TensorSource) -> Skip | Quantized:
-        names = stored.tensors(source, module)
+        names = _names(module, source)
         stored.require(names, ("weight",), module, self.name)
         dtype = source.info(names["weight"]).dtype
         scales = ("weight_scale",) if module.kind == "Embedding" else SCALE_NAMES
@@ -133,11 +139,10 @@ class FineGrainedFp8(Method):
         stored.require(names, ("weight", scale), module, self.name)
         numbers = source.info(names[scale])
         fmt = _format(config, module, dtype, numbers.dtype)
-        weight, blocks = fmt.stored(module.n, module.k)
-        stored.expect(names["weight"], source, ("i8" if dtype == "i8" else "f8e4m3",), weight.shape, module)
-        alone = blocks.shape == (1, 1) and numbers.shape in ((), (1,))  # one scale is stored as a plain number
-        shape = numbers.shape if alone else blocks.shape
-        stored.expect(names[scale], source, (*FLOATS, "f8e8m0", "u8"), shape, module)
+        weight, blocks = (_whole(module, each.shape) for each in fmt.stored(module.n, module.k))
+        stored.expect(names["weight"], source, ("i8" if dtype == "i8" else "f8e4m3",), weight, module)
+        alone = blocks == (1, 1) and numbers.shape in ((), (1,))  # one scale is stored as a plain number
+        stored.expect(names[scale], source, (*FLOATS, "f8e8m0", "u8"), numbers.shape if alone else blocks, module)
         static = [name for name in STATIC_NAMES if name in names]
         if not static and _is_static(_rounding(config, module, fmt)):
             stored.require(names, ("weight", scale, STATIC_NAMES[0]), module, self.name)
@@ -149,14 +154,15 @@ class FineGrainedFp8(Method):
 
     def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
         fmt, data = selected.format, {name: source.read(full) for name, full in selected.names.items()}
-        blocks = fmt.stored(module.n, module.k)[1].shape
         if data["weight"].dtype == torch.int8:
             data["weight"] = data["weight"].view(torch.uint8)
         if data["scale"].dtype == torch.uint8:
             data["scale"] = data["scale"].view(torch.float8_e8m0fnu)
         for name, full in selected.names.items():
             stored.finite(data[name], full, module)
-        packed = stored.packed(fmt, data | {"scale": data["scale"].reshape(blocks)}, module)
+        whole = replace(module, n=module.n * max(module.experts, 1))  # the experts of a mixture, one below the other
+        tensors = {each.name: data[each.name].reshape(each.shape) for each in fmt.stored(whole.n, whole.k)}
+        packed = stored.packed(fmt, tensors, whole)
         static = [stored.finite(source.read(name), name, module) for name in selected.also_claims]
         return _rounded(cast(FineGrainedFp8Config, config), module, packed, static)
 
@@ -189,11 +195,13 @@ class FineGrainedFp8(Method):
         weight, scale = packed.tensors["weight"], packed.tensors["scale"]
         if module.kind == "Embedding":
             return {"weight": weight, "weight_scale": scale.reshape(1)}
+        weight = weight.view(torch.int8) if packed.format.kind == "fp4" else weight
+        if module.kind == "Experts":
+            inner = module.weight.rpartition(".")[2]
+            one, blocks = (_whole(module, each.shape) for each in packed.format.stored(module.n, module.k))
+            return {inner: weight.reshape(one), f"{inner}_scale_inv": scale.reshape(blocks)}
         whole = config.weight_block_size is None and packed.format.kind == "fp8"
-        made = {
-            "weight": weight.view(torch.int8) if packed.format.kind == "fp4" else weight,
-            "weight_scale_inv": scale.reshape(()) if whole else scale,
-        }
+        made = {"weight": weight, "weight_scale_inv": scale.reshape(()) if whole else scale}
         if config.activation_scheme == "static":  # the original's layers have one even where they do not use it
             used = [each.tensors["scale"].reshape(()) for each in packed.before if each.tensors]
             made["activation_scale"] = used[0] if used else torch.ones(())
@@ -213,7 +221,29 @@ def _format(config: FineGrainedFp8Config, module: Module, weight: str, scale: st
     if weight == "i8":  # experts as pairs of E2M1, whatever the config says about blocks
         return Fp4(32, cast(Any, scale))
     rows, columns = (0, 0) if module.kind == "Embedding" else config.weight_block_size or (0, 0)
+    if module.kind == "Experts" and (rows == 0 or rows >= module.n):
+        rows = module.n
     return Fp8(scale=scale, rows=rows, columns=columns)
+
+
+def _names(module: Module, source: TensorSource) -> dict[str, str]:
+    """The source tensors of a module by the names that a layer has for them."""
+    if module.kind != "Experts":
+        return stored.tensors(source, module)
+    ends = {"weight": "", "weight_scale_inv": "_scale_inv", "activation_scale": "_activation_scale"}
+    there = set(source.names())
+    return {name: module.weight + end for name, end in ends.items() if module.weight + end in there}
+
+
+def _beside(module: Module) -> tuple[str, ...]:
+    """The paths of the experts that a weight belongs to and of their router, which patterns may name."""
+    experts = module.path.rpartition(".")[0]
+    return experts, *(f"{experts.rpartition('.')[0]}.{name}" for name in ("router", "gate"))
+
+
+def _whole(module: Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor of one expert, or of all of them where the module is a mixture."""
+    return (module.experts, *shape) if module.kind == "Experts" else shape
 
 
 def _rounding(config: FineGrainedFp8Config, module: Module, fmt: Fp8 | Fp4) -> RoundFloat | RoundMx | None:

@@ -190,7 +190,7 @@ def test_which_modules_are_converted() -> None:
 
     ragged = "[130, 256] is not made of whole blocks [128, 128]: it stays dense"
     assert reasons(FineGrainedFp8Config()) == {
-        "model.embed": "Embedding is not converted by the method (only Linear)",
+        "model.embed": "Embedding is not converted by the method (only Linear and Experts)",
         "model.odd": ragged,
         "lm_head": "it is the output embedding, and such modules stay dense by default",
     }
