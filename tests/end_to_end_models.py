@@ -29,7 +29,13 @@ def compiled(name: str, config: str, target: str = "cpu", accuracy: str = "exact
 def with_weights_of(model: Any, q: CompiledModel) -> Any:
     """A float32 copy of `model` whose weights are those that `q` stores, dequantized."""
     model = torch.nn.Module.float(copy.deepcopy(model)).eval()  # models read from GGUF refuse their own float()
+    layers = q.artifact.weights.keys() - {part for mixture in q.artifact.mixtures.values() for part in mixture.parts}
+    for path in q.artifact.mixtures:
+        owner, weight = model.get_submodule(path.rpartition(".")[0]), q.weight(path)
+        model.get_parameter(path).data = weight.transpose(1, 2).contiguous() if owner.is_transposed else weight
     for path in q.artifact.weights:
+        if path not in layers:
+            continue
         module, weight = model.get_submodule(path), q.weight(path)
         # Conv1D keeps its weight as [K, N]. A new parameter: an embedding tied to the old one keeps its own values.
         module.weight = torch.nn.Parameter(weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight)

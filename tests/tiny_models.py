@@ -85,6 +85,19 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "qwen3-moe": lambda: T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**QWEN_MOE, head_dim=16)),
     "gpt-oss": _gpt_oss,
 }
+# What cannot be compiled, and docs/architectures.md says why.
+REFUSED: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: T.BloomForCausalLM(T.BloomConfig(vocab_size=101, hidden_size=64, n_layer=1, n_head=4, **TOKENS)),
+    "mpt": lambda: T.MptForCausalLM(T.MptConfig(vocab_size=101, d_model=64, n_layers=1, n_heads=4, max_seq_len=64)),
+    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(vocab_size=101, hidden_size=64, num_hidden_layers=1)),
+    "falcon": lambda: T.FalconForCausalLM(
+        T.FalconConfig(vocab_size=101, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **TOKENS)
+    ),
+    "gpt-j": lambda: T.GPTJForCausalLM(T.GPTJConfig(**GPT2 | {"n_layer": 1}, rotary_dim=8)),
+    "llama-4": lambda: T.Llama4ForCausalLM(
+        T.Llama4TextConfig(**GROUPED, head_dim=16, intermediate_size_mlp=96, num_local_experts=4, **TOKENS)
+    ),
+}
 OTHERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: T.BertModel(T.BertConfig(**BERT)),
     "bert-mlm": lambda: T.BertForMaskedLM(T.BertConfig(**BERT)),
