@@ -10,6 +10,7 @@ import torch
 
 from qcompile.ops import LinearSpec, Part
 from qcompile.passes.base import Context, Pass
+from qcompile.passes.graph import value
 from qcompile.passes.pattern import Match, Pattern, rewrite
 from qcompile.program import Program
 
@@ -26,7 +27,7 @@ def _replace(x: Any, stored: Any, format: str, n: int, k: int, bias: Any) -> Any
 
 
 def _float_input(match: Match) -> str | None:
-    found = match["x"].meta["val"].dtype
+    found = value(match["x"]).dtype
     return None if found.is_floating_point else f"the input is {found}"
 
 

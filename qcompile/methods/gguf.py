@@ -21,20 +21,26 @@ if TYPE_CHECKING:
     from qcompile.sources import TensorSource
 
 _PREFIX = "gguf-"
+ENCODINGS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # that are made of float weights
 
 
 @dataclass(frozen=True)
 class GgufConfig(MethodConfig):
-    """The fields of transformers' GgufConfig: `dequantize` unpacks every weight to float32 at compile time."""
+    """The fields of transformers' GgufConfig, and `encoding`: the blocks to make of a float model.
+
+    `dequantize` unpacks every weight to float32 at compile time.
+    """
 
     method: ClassVar[str] = "gguf"
     steering: ClassVar[Mapping[str, str]] = {"gguf_file": "the file is the model that was given"}
 
     gguf_file: str | None = None
     dequantize: bool = False
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
         self.require_bools("dequantize")
+        self.require(self.encoding in (None, *ENCODINGS), "encoding", f"None, {', '.join(ENCODINGS)}")
 
 
 class Gguf(Method):
@@ -50,6 +56,8 @@ class Gguf(Method):
     def select(
         self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
     ) -> Skip | Quantized:
+        if not self.prequantized(config, source):
+            return self._on_the_fly(cast(GgufConfig, config), module)
         if module.weight not in source.names():
             stored.need_dense({}, "its blocks", module, self.name)
         encoding = source.info(module.weight).encoding
@@ -82,14 +90,31 @@ class Gguf(Method):
         weight = dequantize(fmt, {"data": data}, module.n, module.k)
         return stored.packed(selected.format, {"weight": weight}, module)
 
+    def _on_the_fly(self, config: GgufConfig, module: Module) -> Skip | Quantized:
+        if config.encoding is None:
+            return Skip("the source stores its weight dense, and the gguf config has no encoding")
+        if module.kind == "Embedding" and not module.tied:
+            return Skip("Embedding is not converted by the method (only Linear, Conv1D, and what is tied to them)")
+        fmt = format_class(_PREFIX + config.encoding)()
+        if fmt.check(module.n, module.k):
+            return Skip(f"its {module.k} inputs are no whole blocks of 32")
+        return Quantized(fmt)
+
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
-        raise ConfigError(
-            "gguf reads files and quantizes nothing",
-            where=module.path,
-            found="a float weight",
-            expected="a .gguf file as the model",
-            remedy="quantize with llama.cpp first, or choose bitsandbytes, hqq or eetq",
-        )
+        from qcompile.methods.gguf_blocks import blocks
+
+        encoding = cast(GgufConfig, config).encoding
+        if encoding is None:
+            raise ConfigError(
+                "gguf reads files and quantizes nothing unless its config has an encoding",
+                where=module.path,
+                found="a float weight",
+                expected=f"a .gguf file as the model, or encoding: {', '.join(ENCODINGS)}",
+                remedy="set encoding, or quantize with llama.cpp first",
+            )
+        fmt = format_class(_PREFIX + encoding)()
+        stored.legal(fmt, module, self.name)
+        return stored.packed(fmt, blocks(fmt, stored.usable(weight, module)), module)
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         raise ConfigError(
