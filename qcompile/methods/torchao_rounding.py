@@ -128,12 +128,12 @@ def mx_rule(element: str, mode: str) -> tuple[str, int]:
 
 
 def nvfp4(weight: Tensor, whole: Tensor | None) -> Parts:
-    """qdata u8 [N, K / 2] and e4m3 scales [N, K / 16], under the scale `whole` of all, if any."""
+    """qdata u8 [N, K / 2] and e4m3 scales [N, K / 16], under the scale `whole` of all, if any (0: nothing but zeros)."""
     parts = weight.float().reshape(len(weight), -1, 16)
     most = parts.abs().amax(2) / 6.0
-    scale = (most if whole is None else most / whole).clamp(2.0**-6, 448.0).to(torch.float8_e4m3fn)
+    scale = (most if whole is None else torch.nan_to_num(most / whole)).clamp(2.0**-6, 448.0).to(torch.float8_e4m3fn)
     inverse = (1.0 if whole is None else 1.0 / whole) / scale.float()
-    return {"qdata": e2m1(parts * inverse[..., None]).reshape(len(weight), -1), "scale": scale}
+    return {"qdata": e2m1(torch.nan_to_num(parts * inverse[..., None])).reshape(len(weight), -1), "scale": scale}
 
 
 def e2m1(x: Tensor) -> Tensor:
