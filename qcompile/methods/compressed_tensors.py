@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from qcompile.dtypes import DTYPES
 from qcompile.errors import CheckpointError, ConfigError, QCompileError
 from qcompile.methods import compressed_tensors_layout as layouts
 from qcompile.methods import skip, stored
@@ -15,21 +16,16 @@ from qcompile.methods.base import Cache, Method, MethodConfig, Quantized, Skip
 from qcompile.methods.compressed_tensors_activations import cache_rounding, rounding, suffixes
 from qcompile.methods.compressed_tensors_activations import stored as stored_rounding
 from qcompile.methods.compressed_tensors_args import Args, Scheme
-from qcompile.methods.compressed_tensors_config import SPARSE, CompressedTensorsConfig, hits
+from qcompile.methods.compressed_tensors_config import CLASSES, SPARSE, CompressedTensorsConfig, hits
+from qcompile.methods.compressed_tensors_stored import Found
 
 if TYPE_CHECKING:
-    from qcompile.format import Format, Packed
-    from qcompile.formats.bitstream import Bitstream
+    from qcompile.format import Packed
     from qcompile.program import Module
     from qcompile.sources import TensorSource
     from qcompile.transform import Applied
 
 _OBSERVERS = (None, "minmax", "static_minmax", "memoryless_minmax")
-_LEFT_OVER = (
-    "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point",
-    "input_global_scale", "output_scale", "output_zero_point", "output_global_scale", "shape", "bitmask", "row_offsets",
-    "meta",
-)  # fmt: skip
 
 
 class CompressedTensors(Method):
@@ -55,37 +51,30 @@ class CompressedTensors(Method):
         config = cast(CompressedTensorsConfig, config)
         ready = self.prequantized(config, source)
         if not ready:
-            targets = [
-                t for s in config.schemes.values() for t in s.targets if t not in ("Linear", "Embedding", "Module")
-            ]
-            skip.check("config_groups", targets, modules, self.name, hits)
-            named = [t for t in config.ignore or () if t not in ("Linear", "Embedding", "Module")]
-            skip.check("ignore", named, modules, self.name, hits)
-        names = stored.tensors(source, module)
-        ignored, scheme = config.ignored(module), config.scheme(module)
-        if "bitmask" in names:
-            return self._sparse(config, None if ignored else scheme, names, module, source)
+            targets = [target for scheme in config.schemes.values() for target in scheme.targets]
+            for field, patterns in (("config_groups", targets), ("ignore", config.ignore or ())):
+                skip.check(field, [p for p in patterns if p not in CLASSES], modules, self.name, hits)
+        ignored = config.ignored(module)
+        found = Found(
+            config, None if ignored else config.scheme(module), stored.tensors(source, module), module, source
+        )
+        scheme = found.scheme
+        if "bitmask" in found.names:
+            return found.select()
         if ignored or scheme is None:
             return Skip(f"ignore has {ignored!r}" if ignored else "no target of config_groups names it")
         if scheme.weights is None and scheme.input_activations is None and scheme.output_activations is None:
             return Skip("its scheme quantizes nothing")
         _require_linear(scheme, module)
-        if scheme.weights is None or not ready:
-            return self._dense(names, module, source) if scheme.weights is None else self._new(config, scheme, module)
-        return self._stored(config, scheme, scheme.weights, names, module, source)
+        return found.select() if ready or scheme.weights is None else self._new(config, scheme, module)
 
     def _new(self, config: CompressedTensorsConfig, scheme: Scheme, module: Module) -> Quantized:
         """A module to be quantized from its float weight; ConfigError where that needs data."""
         args = cast(Args, scheme.weights)
-        static = [
-            (part, args_.dynamic)
-            for part in ("input_activations", "output_activations")
-            if (args_ := getattr(scheme, part)) is not None and args_.dynamic is not True
-        ]
-        if config.cache is not None and config.cache.dynamic is not True:
-            static.append(("kv_cache_scheme", config.cache.dynamic))
-        for part, dynamic in static:
-            raise _uncalibrated(f"{module.path}, {part!r}", dynamic)
+        rounded = {"input_activations": scheme.input_activations, "output_activations": scheme.output_activations}
+        for part, each in (rounded | {"kv_cache_scheme": config.cache}).items():
+            if each is not None and each.dynamic is not True:
+                raise _uncalibrated(f"{module.path}, {part!r}", each.dynamic)
         if args.actorder == "group":
             raise ConfigError(
                 "an order of the columns by their activations needs calibration data",
@@ -111,126 +100,8 @@ class CompressedTensors(Method):
             )
         fmt = layouts.layout(kind, args, module.dtype if module.dtype in layouts.FLOATS else "f32")
         stored.legal(fmt, module, self.name)
-        notes = (
-            [f"{observer} was another package's search: minimum and maximum are used"]
-            if (observer := args.observer) not in _OBSERVERS
-            else []
-        )
-        return Quantized(fmt, note="; ".join(notes))
-
-    def _dense(self, names: Mapping[str, str], module: Module, source: TensorSource) -> Quantized:
-        """A module whose activations alone are rounded."""
-        from qcompile.formats.dense import Dense
-
-        stored.require(names, ("weight",), module, self.name)
-        fmt, used = Dense(source.info(names["weight"]).dtype), {"weight": names["weight"]}
-        stored.expect(names["weight"], source, layouts.FLOATS, (module.n, module.k), module)
-        return Quantized(fmt, used, _others(names, used))
-
-    def _stored(
-        self,
-        config: CompressedTensorsConfig,
-        scheme: Scheme,
-        args: Args,
-        names: Mapping[str, str],
-        module: Module,
-        source: TensorSource,
-    ) -> Skip | Quantized:
-        kind = config.stored_format(scheme)
-        if kind == "marlin-24":
-            return self._marlin(args, names, module, source)
-        scale = source.info(names["weight_scale"]).dtype if "weight_scale" in names else ""
-        fmt = layouts.layout(kind, args, scale if scale in layouts.FLOATS else "bf16")
-        official = layouts.official(fmt)
-        plain = source.info(names["weight"]).dtype in layouts.FLOATS if "weight" in names else False
-        if plain and "weight_packed" not in names:
-            return self._calibrated(fmt, args, names, module, source)
-        stored.refuse_both(names, "weight_packed", module, self.name)
-        stored.require(names, tuple(official.values()), module, self.name)
-        if fmt.kind == "bitstream":
-            fmt = self._bitstream(cast("Bitstream", fmt), config, names, module, source)
-        used = {name: names[layouts.official(fmt)[name]] for name in layouts.official(fmt)}
-        layouts.check(fmt, used, source, module)
-        self._require_rounding(scheme, names, module)
-        return Quantized(fmt, used, _others(names, used))
-
-    def _bitstream(
-        self, fmt: Bitstream, config: CompressedTensorsConfig, names: Mapping[str, str], module: Module, source: Any
-    ) -> Bitstream:
-        stored.require(names, ("weight_shape",), module, self.name)
-        shape = source.read(names["weight_shape"]).flatten().tolist()
-        if shape != [module.n, module.k]:
-            raise CheckpointError(
-                "a packed weight has another shape than its module",
-                where=f"{names['weight_shape']} (module {module.path})",
-                found=shape,
-                expected=[module.n, module.k],
-                remedy="check that the checkpoint belongs to this config.json",
-            )
-        used = {name: names[official] for name, official in layouts.official(fmt).items()}
-        padded = layouts.packing(fmt, used, source, module, str(config.unused.get("version", "")))
-        indirect = fmt.columns > 0 and "weight_g_idx" in names
-        if indirect:
-            groups = -(-module.k // fmt.columns)
-            indirect = not layouts.ordered(names["weight_g_idx"], groups, fmt.columns, source, module)
-        return replace(fmt, padded=padded, indirect=indirect)
-
-    def _calibrated(
-        self, fmt: Format, args: Args, names: Mapping[str, str], module: Module, source: TensorSource
-    ) -> Skip | Quantized:
-        """A float weight: dense, or with the scales that a run which is not compressed yet rounds it by."""
-        if "weight_scale" not in names:
-            return Skip("the checkpoint stores its weight dense")
-        stored.expect(names["weight"], source, layouts.FLOATS, (module.n, module.k), module)
-        used = {"weight": names["weight"]}
-        return Quantized(fmt, used, _others(names, used, "weight_scale"), "rounded by the scales beside it")
-
-    def _marlin(self, args: Args, names: Mapping[str, str], module: Module, source: TensorSource) -> Quantized:
-        stored.require(names, ("weight_packed", "scale_packed", "meta"), module, self.name)
-        fmt, n, k = layouts.layout("marlin-24", args, "f16"), module.n, module.k
-        ok = args.num_bits in (4, 8) and args.symmetric and n % 64 == 0 and k % 32 == 0
-        if not ok or args.strategy not in ("group", "channel"):
-            raise ConfigError(
-                "marlin-24 cannot store this module's weight",
-                where=f"{module.path} [{n}, {k}]",
-                found=f"{args.num_bits} bits, symmetric: {args.symmetric}, strategy {args.strategy!r}",
-                expected="4 or 8 symmetric bits, groups or channels, outputs in multiples of 64 and inputs of 32",
-            )
-        groups = -(-k // (args.blocks[1] or k))
-        stored.expect(names["weight_packed"], source, ("i32",), (k // 32, n * args.num_bits // 2), module)
-        stored.expect(names["scale_packed"], source, ("f16",), (groups, n), module)
-        stored.expect(names["meta"], source, ("i16",), (k // 32, 2 * n), module)
-        used = {"packed": names["weight_packed"], "scale": names["scale_packed"]}
-        return Quantized(fmt, used, _others(names, used), "2:4 sparse in the checkpoint, stored with its zeros")
-
-    def _sparse(
-        self,
-        config: CompressedTensorsConfig,
-        scheme: Scheme | None,
-        names: Mapping[str, str],
-        module: Module,
-        source: TensorSource,
-    ) -> Quantized:
-        from qcompile.formats.dense import Dense
-
-        stored.require(names, ("compressed", "bitmask", "shape"), module, self.name)
-        stored.expect(names["bitmask"], source, ("u8",), (module.n, -(-module.k // 8)), module)
-        args, dtype = None if scheme is None else scheme.weights, source.info(names["compressed"]).dtype
-        used = {"weight": names["compressed"]}
-        if args is None or scheme is None:
-            fmt: Format = Dense(dtype)
-        else:
-            stored.require(names, ("weight_scale",), module, self.name)
-            fmt = layouts.layout(config.stored_format(scheme), args, source.info(names["weight_scale"]).dtype)
-            rest = {name: other for name, other in layouts.official(fmt).items() if name != "weight"}
-            stored.require(names, tuple(rest.values()), module, self.name)
-            used |= {name: names[other] for name, other in rest.items()}
-        return Quantized(fmt, used, _others(names, used), "sparse in the checkpoint, stored with its zeros")
-
-    def _require_rounding(self, scheme: Scheme, names: Mapping[str, str], module: Module) -> None:
-        for what, args in (("input", scheme.input_activations), ("output", scheme.output_activations)):
-            if args is not None:
-                stored.require(names, tuple(f"{what}_{suffix}" for suffix in suffixes(args)), module, self.name)
+        known = args.observer in _OBSERVERS
+        return Quantized(fmt, note="" if known else f"by minimum and maximum: {args.observer!r} is another package's")
 
     def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
         from qcompile.methods.compressed_tensors_read import read
@@ -243,15 +114,17 @@ class CompressedTensors(Method):
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """The package's min-max quantization, bit for bit, in the weight's dtype."""
+        from qcompile.formats.dense import Dense
         from qcompile.methods.compressed_tensors_quantize import quantize
 
         config = cast(CompressedTensorsConfig, config)
         scheme = cast(Scheme, config.scheme(module))
-        args = cast(Args, scheme.weights)
-        fmt = layouts.layout(
-            config.stored_format(scheme), args, module.dtype if module.dtype in layouts.FLOATS else "f32"
-        )
-        packed = quantize(weight, args, fmt, module)
+        dtype = module.dtype if module.dtype in layouts.FLOATS else "f32"
+        if scheme.weights is None:
+            packed = stored.packed(Dense(dtype), {"weight": weight.to(DTYPES[dtype])}, module)
+        else:
+            fmt = layouts.layout(config.stored_format(scheme), scheme.weights, dtype)
+            packed = quantize(weight, scheme.weights, fmt, module)
         return packed if config.dequantize else _around(scheme, packed, {}, module, None)
 
     def cache(self, config: MethodConfig, path: str, heads: int, width: int, source: TensorSource) -> Cache | None:
@@ -335,12 +208,6 @@ def _require_linear(scheme: Scheme, module: Module) -> None:
         )
 
 
-def _others(names: Mapping[str, str], used: Mapping[str, str], *more: str) -> tuple[str, ...]:
-    """The module's further tensors that the package writes."""
-    taken = set(used.values())
-    return tuple(full for name, full in names.items() if name in (*_LEFT_OVER, *more) and full not in taken)
-
-
 def _around(
     scheme: Scheme, packed: Packed, names: Mapping[str, str], module: Module, source: TensorSource | None
 ) -> Packed:
@@ -348,8 +215,9 @@ def _around(
 
     def made(what: str, args: Args | None, width: int) -> tuple[Applied, ...]:
         def read(suffix: str) -> torch.Tensor:
+            if source is None:
+                raise _uncalibrated(f"{module.path}, '{what}_activations'", args.dynamic if args else False)
             full = names[f"{what}_{suffix}"]
-            assert source is not None  # a rounding that stores something comes from a checkpoint
             return stored.finite(source.read(full), full, module)
 
         return () if args is None else (rounding(args, width, read, f"{module.path}, {what}_activations"),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,7 +15,8 @@ from qcompile.program import Module
 
 STATUSES = ("initialized", "calibration", "frozen", "compressed", "decompressed")
 SPARSE = ("sparse-24-bitmask", "sparse-bitmask")
-_CLASSES = {"Linear": ("Linear", "Module"), "Embedding": ("Embedding", "Module"), "Conv1D": ()}
+CLASSES = ("Linear", "Embedding", "Module")
+_OFFLINE = ("weight_input", "weight_output")  # transforms that were multiplied into the weights when these were made
 
 
 def hits(target: str, path: str) -> bool:
@@ -25,7 +26,7 @@ def hits(target: str, path: str) -> bool:
 
 def is_class(target: str, module: Module) -> bool:
     """True when a target names a class of the module; classes derived from Linear and Embedding are not known here."""
-    return target in _CLASSES[module.kind]
+    return module.kind in ("Linear", "Embedding") and target in (module.kind, "Module")
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,16 @@ class CompressedTensorsConfig(MethodConfig):
         formats = ("dense", *SPARSE)
         if sparsity and sparsity.get("format") not in formats:
             raise wrong("field 'sparsity_config', 'format'", sparsity.get("format"), ", ".join(formats))
-        if (self.transform_config or {}).get("config_groups"):
-            raise ConfigError(
-                "transforms of compressed-tensors are not supported",
-                where="field 'transform_config'",
-                found=", ".join(self.transform_config["config_groups"]),  # type: ignore[index]
-                expected="no transform",
-                remedy="start from a checkpoint without transforms",
-            )
+        for name, scheme in ((self.transform_config or {}).get("config_groups") or {}).items():
+            places = [str(plain(args.get("location"))) for args in plain(scheme).get("apply") or ()]
+            if any(place not in _OFFLINE for place in places):
+                raise ConfigError(
+                    "transforms that run with the model are not supported",
+                    where=f"field 'transform_config', 'config_groups', {name!r}",
+                    found=", ".join(places),
+                    expected=f"only {' and '.join(_OFFLINE)}, which are in the stored weights",
+                    remedy="start from a checkpoint without such transforms",
+                )
 
     def ignored(self, module: Module) -> str | None:
         """The entry of `ignore` that names the module, if one does."""
@@ -122,12 +125,6 @@ class CompressedTensorsConfig(MethodConfig):
         found = [target for target in order if hits(target, module.path)]
         found += [target for target in order if is_class(target, module)]
         return targets[found[0]] if found else None
-
-    def unknown(self, modules: Iterable[Module]) -> list[str]:
-        """The targets and entries of `ignore` that name none of the modules."""
-        every = dict.fromkeys((*(t for s in self.schemes.values() for t in s.targets), *(self.ignore or ())))
-        modules = list(modules)
-        return [t for t in every if not any(hits(t, module.path) or is_class(t, module) for module in modules)]
 
     def stored_format(self, scheme: Scheme) -> str:
         """The format in which the modules of a scheme are stored."""

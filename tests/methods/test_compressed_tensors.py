@@ -469,13 +469,14 @@ def test_what_is_wrong_with_a_config() -> None:
     assert str(caught.value).startswith(
         error(RANGE, "field 'config_groups', 'W9A16'", "'W9A16'", "a preset: UNQUANTIZED, W4A16_ASYM")
     )
+    online = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
     for fields, where in (
         ({"format": "packed"}, "field 'format'"),
         ({"quantization_status": "done"}, "field 'quantization_status'"),
         ({"ignore": ["re:("]}, "fields 'targets' and 'ignore'"),
         ({"sparsity_config": {"format": "2:4"}}, "field 'sparsity_config', 'format'"),
         ({"kv_cache_scheme": {"num_bits": 8, "bits": 4}}, "field 'kv_cache_scheme'"),
-        ({"transform_config": {"config_groups": {"R1": {}}}}, "field 'transform_config'"),
+        ({"transform_config": {"config_groups": {"R1": online}}}, "field 'transform_config', 'config_groups', 'R1'"),
     ):
         with pytest.raises(ConfigError) as caught:
             config(weights(), **fields)
@@ -545,6 +546,37 @@ def test_what_is_wrong_with_a_checkpoint() -> None:
     assert str(wrong).splitlines()[0] == "a packed weight has another shape than its module"
     wrong = broken(lambda t: t.update({"up.weight_zero_point": torch.ones(16, 2, dtype=torch.int8)}))
     assert str(wrong).splitlines()[0] == "a symmetric weight has zero points"
+
+
+def test_rounded_activations_alone() -> None:
+    """A scheme without weights leaves them dense, in a checkpoint of floats and beside quantized ones."""
+    rounded = {"input_activations": {"strategy": "token", "dynamic": True}}
+    up, down = linear("up", 16, 32), linear("down", 16, 32)
+    here = {"up": up, "down": down}
+    groups = {"a": {"targets": ["up"]} | weights(strategy="channel"), "b": {"targets": ["down"]} | rounded}
+    c = CompressedTensorsConfig.from_dict({"config_groups": groups})
+    source = InMemory({m.weight: random(16, 32) for m in here.values()})
+    assert isinstance(CT.select(c, down, source, here), Quantized)
+    packed = CT.quantize(c, down, random(16, 32))
+    assert packed.format.kind == "dense" and torch.equal(packed.tensors["weight"], random(16, 32))
+    assert [each.transform.summary() for each in packed.before] == ["int8 per token"]
+    alone = config(rounded)
+    assert CT.prequantized(alone, source)
+    again = CT.read(alone, down, CT.select(alone, down, source, here), source)  # type: ignore[arg-type]
+    assert again.before == packed.before
+    plain = replace(alone, dequantize=True)
+    assert CT.read(plain, down, CT.select(plain, down, source, here), source).before == ()  # type: ignore[arg-type]
+
+
+def test_an_order_of_columns_needs_packed_integers() -> None:
+    args = {"num_bits": 8, "strategy": "group", "group_size": 16, "actorder": "group"}
+    c, module = config(weights(**args) | {"format": "int-quantized"}), linear("up", 16, 32)
+    source = stored(c, module, CT.quantize(c, module, random(16, 32)))
+    source.tensors["up.weight_g_idx"] = torch.arange(32, dtype=torch.int32) % 2
+    with pytest.raises(CheckpointError, match="an order of the columns is supported for packed integers only"):
+        read(c, module, source)
+    source.tensors["up.weight_g_idx"] = torch.full((32,), -1, dtype=torch.int32)
+    assert read(c, module, source).format.kind == "int8"
 
 
 def test_an_exponent_that_is_no_number() -> None:
