@@ -97,7 +97,8 @@ def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int)
     sidecars, metadata, indexed = dict[str, Any](), {"format": "pt"}, False
     if chosen is not None:
         method, parsed = chosen
-        config["quantization_config"] = method.stored_config(parsed, weights)
+        if said := method.stored_config(parsed, weights):
+            config["quantization_config"] = said
         config |= method.model_config(parsed, weights)
         indexed = method.indexed
         sidecars, metadata = method.sidecars(parsed, weights), method.metadata(parsed, weights, _dtype(artifact))
@@ -129,7 +130,7 @@ def _tensors(
         method, config = chosen
         start = module.weight.removesuffix("weight")
         for name, tensor in method.write(config, module, weights[path]).items():
-            yield start + name, tensor
+            yield name[1:] if name.startswith("/") else start + name, tensor
     for name, parameter in artifact.checkpoint.parameters.items():
         tensor = tensors[parameter.tensor]
         yield name, tensor.to(DTYPES[parameter.dtype]) if parameter.dtype in DTYPES else tensor

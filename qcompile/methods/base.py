@@ -188,12 +188,13 @@ class Method(ABC):
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         """The tensors of a quantized module as the method's checkpoints hold them, by their names within the module.
 
-        The bias is not among them unless the method changes it. ConfigError where the method defines no checkpoint.
+        The bias is not among them unless the method changes it. A name that starts with "/" is a whole one, of a tensor
+        outside of the module. ConfigError where the method defines no checkpoint.
         """
         return dict(packed.tensors)
 
     def stored_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint that holds `weights` (module path -> what `write` was given)."""
+        """The `quantization_config` of a checkpoint that holds `weights` (module path -> what `write` was given); {}: none."""
         return config.to_dict()
 
     def model_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
