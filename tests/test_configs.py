@@ -253,6 +253,14 @@ def test_fields_without_effect_are_reported() -> None:
     assert method("awq").effects(AwqConfig()) == method("eetq").effects(EetqConfig()) == []
 
 
+def test_what_hqq_has_withdrawn_is_reported() -> None:
+    saved: dict[str, Any] = HqqConfig(nbits=3).to_dict()["quant_config"] | {"zero_quant_params": {"nbits": 8}}
+    said = [("quant_config", "scales and zeros stay floats, as in hqq, which has withdrawn their quantization")]
+    for quant_config, expected in ((saved, said), ({"q_proj": saved}, said), (saved | {"zero_quant_params": None}, [])):
+        config = parsed(None, stored={"quant_method": "hqq", "quant_config": quant_config, "skip_modules": []})
+        assert [effect for effect in method("hqq").effects(config) if effect[0] == "quant_config"] == expected
+
+
 def test_unknown_fields_of_a_checkpoint_are_reported_and_those_of_a_caller_refused() -> None:
     fields = {"quant_method": "eetq", "zebra": 1}
     found = parse_config(None, fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -23,6 +23,9 @@ BACKENDS = (
     "gemv_fast", "torch_awq", "torch_fused_awq",
 )  # fmt: skip
 NOTE = "round-to-nearest: quantized from the weight alone, without AWQ's activation-aware scales and clipping"
+# Activations that AWQ scaled, as their modules are called, and the layers that read them.
+ACTIVATIONS = ("act", "gelu_impl")
+READERS = ("c_proj", "dense_4h_to_h", "fc_out", "down_proj")
 _GPTQ = "a field that AWQ inherits from GPTQ and does not use"
 _INHERITED = {
     f.name: f.default for f in fields(GptqConfig) if f.name not in ("unused", "bits", "group_size", "backend", "format")
@@ -144,7 +147,22 @@ class Awq(Method):
         stored.legal(fmt, module, self.name)
         used = {s.name: names[zeros if s.name == "qzeros" else s.name] for s in fmt.stored(module.n, module.k)}
         stored.expect_all(fmt, used, source, module)
-        return Quantized(fmt, used)
+        scaled = _scaled_activation(module, source)
+        if scaled is not None:
+            stored.expect(scaled, source, ("f16", "bf16", "f32"), (module.k,), module)
+        return Quantized(fmt, used, () if scaled is None else (scaled,))
+
+    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
+        """The weight; x is divided by the scales of the activation before it, where AWQ scaled that."""
+        from qcompile.transform import Applied
+        from qcompile.transforms.linear import Scale
+
+        packed = super().read(config, module, selected, source)
+        for name in selected.also_claims:
+            scales = stored.finite(source.read(name), name, module).float()
+            scale = Scale("f32", of=name.removesuffix(".scales"))
+            packed = replace(packed, before=(Applied(scale, {"scale": 1 / scales}),))
+        return packed
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Round to nearest with AWQ's own scale and zero, in float16 as the original computes them."""
@@ -174,6 +192,17 @@ class Awq(Method):
         return stored.packed(fmt, pack(fmt, wide, n, k), module)
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
-        if cast(AwqConfig, config).format != "llm-awq":
-            return dict(packed.tensors)
-        return {"scaled_zeros" if name == "qzeros" else name: part for name, part in packed.tensors.items()}
+        """The stored tensors; the scales of an activation lie outside of the module, so their name is a whole one."""
+        renamed = {"qzeros": "scaled_zeros"} if cast(AwqConfig, config).format == "llm-awq" else {}
+        out = {renamed.get(name, name): part for name, part in packed.tensors.items()}
+        for each in packed.before:
+            out[f"/{each.transform.to_json()['of']}.scales"] = (1 / each.tensors["scale"]).half()
+        return out
+
+
+def _scaled_activation(module: Module, source: TensorSource) -> str | None:
+    """The scales of the activation that a module reads, if AWQ scaled it (in models without a gated unit)."""
+    parent, _, name = module.weight.removesuffix(".weight").rpartition(".")
+    names = (f"{parent}.{act}.scales" for act in ACTIVATIONS)
+    known = source.names() if name in READERS else ()
+    return next((name for name in names if name in known), None)

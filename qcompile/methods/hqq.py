@@ -94,6 +94,12 @@ class HqqConfig(MethodConfig):
             {"nbits": self.nbits, "group_size": self.group_size, "view_as_float": self.view_as_float,
              "axis": 1 if self.axis is None else self.axis}, "")  # fmt: skip
 
+    def quantizes_scales(self) -> bool:
+        """Whether the saved config asks for what hqq has withdrawn and ignores: scales or zeros of fewer bits."""
+        saved = self.quant_config or {}
+        layers = [saved] if "weight_quant_params" in saved else [value for value in saved.values() if value]
+        return any(layer.get(name) for layer in layers for name in ("scale_quant_params", "zero_quant_params"))
+
     def _saved(self, value: Any, where: str) -> HqqLayer:
         if not isinstance(value, Mapping) or not isinstance(value.get("weight_quant_params"), Mapping):
             raise ConfigError(
@@ -102,15 +108,6 @@ class HqqConfig(MethodConfig):
                 found=repr(value)[:200],
                 expected="{'weight_quant_params': {'nbits': 4, 'group_size': 64, ...}, ...}",
             )
-        for name in ("scale_quant_params", "zero_quant_params"):
-            if value.get(name) is not None:
-                raise ConfigError(
-                    "the hqq config quantizes scales or zeros themselves",
-                    where=f"field {where}, {name!r}",
-                    found=repr(value[name])[:200],
-                    expected="None",
-                    remedy="hqq has withdrawn this option: quantize without it",
-                )
         return self._layer(value["weight_quant_params"], where)
 
     def _layer(self, value: Mapping[str, Any], where: str) -> HqqLayer:
@@ -275,7 +272,9 @@ class Hqq(Method):
 
         for name in ("quant_scale", "quant_zero"):
             if name in described and bool(described[name].any()):
-                raise refuse(name, True, "False: scales and zeros that are themselves quantized are not read")
+                raise refuse(
+                    name, True, "False: hqq stores scales and zeros that are themselves quantized only in pickles"
+                )
         if described["shape"].tolist() != [module.n, module.k]:
             raise refuse("shape", described["shape"].tolist(), f"{[module.n, module.k]}")
         packing, dtype = (_text(described[name]) for name in ("packing", "compute_dtype"))
@@ -330,6 +329,10 @@ class Hqq(Method):
 
         fields = {"code": whole(code, torch.int32), "zero": whole(zero, dtype), "scale": whole(scale, dtype)}
         return stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
+
+    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
+        withdrawn = ("quant_config", "scales and zeros stay floats, as in hqq, which has withdrawn their quantization")
+        return super().effects(config) + ([withdrawn] if cast(HqqConfig, config).quantizes_scales() else [])
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         fmt, layer = cast("HqqFormat", packed.format), self._layer(cast(HqqConfig, config), module) or HqqLayer()

@@ -35,10 +35,11 @@ class Permute(Transform):
 
 @dataclass(frozen=True)
 class Scale(Transform):
-    """x times a number for each input. scale (`dtype`) [K]."""
+    """x times a number for each input. scale (`dtype`) [K]. `of` names the module whose output it scales, if another."""
 
     kind: ClassVar[str] = "scale"
     dtype: str = "f32"
+    of: str = ""
 
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("scale", self.dtype, (K,)),)
