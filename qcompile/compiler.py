@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from qcompile.artifact import Built
     from qcompile.program import Program
+    from qcompile.report import Report
 
 Accuracy = Literal["exact", "int8"]
 
@@ -76,6 +77,8 @@ def compile(
         report, backend, method, parsed, fuel, frozenset("*"), show=_only(print_after, show), progress=progress
     )
     run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
+    if method is not None and program.quantization_config is None and fuel is None:
+        _has_effect(report)
     checkpoint, lost = remember(program)
     tensors, executable, kernels = program.tensors | lost, None, dict[str, "Built"]()
     bounds: Bounds | None = None
@@ -107,6 +110,19 @@ def compile(
         threads=threads,
         bounds=bounds,
     )
+
+
+def _has_effect(report: Report) -> None:
+    """ConfigError when a config that the caller gave quantizes nothing."""
+    rows = report.weights.values()
+    if all(row.method == "none" for row in rows):
+        reasons = sorted({row.reason for row in rows})
+        raise ConfigError(
+            f"the {report.method} config quantizes no layer of this model",
+            found="; ".join(reasons[:4]) or "no layer with a weight",
+            expected="a layer that the method converts",
+            remedy="choose another method, or take the config out",
+        )
 
 
 def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Callable[[str, str], None] | None:
