@@ -79,7 +79,7 @@ class FpQuant(Method):
 
     name = "fp_quant"
     Config = FpQuantConfig
-    formats = ("fp-quant", "dense")
+    formats = ("fp-quant",)
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(_FORWARD) for name in source.names())
