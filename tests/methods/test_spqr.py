@@ -11,6 +11,7 @@ import torch
 from checkpoints import parametrize
 from in_memory import InMemory, linear
 from one_module import Tensors, fc, read, same, weight, written_again
+from spqr_modules import csr, dense, outliers, ptcsr, word
 from stored_modules import same_bits, value
 
 from qcompile.errors import CheckpointError, ConfigError
@@ -21,62 +22,10 @@ from qcompile.transforms import sparse
 SPQR, CONFIG, N, K = Spqr(), SpqrConfig(), 32, 48
 
 
-def dense() -> tuple[torch.Tensor, torch.Tensor]:
-    """The words of a random weight, row by row of each tile, and what they are worth: f32 [N, K]."""
-    generator = torch.Generator().manual_seed(0)
-    words, made = [], torch.zeros(N, K)
-    for row in range(N // 16):
-        for column in range(K // 16):
-            second = (torch.rand(4, generator=generator) + 0.5).half()
-            ss, zs, sz, zz = second
-            whole = sum(int(x) << 16 * i for i, x in enumerate(second.view(torch.int16).tolist()))
-            for r in range(16):
-                scale, zero = torch.randint(0, 8, (2,), generator=generator).tolist()
-                codes = torch.randint(0, 8, (16,), generator=generator)
-                word = scale | zero << 3 | (whole >> 8 * (r // 2) & 0xFF) << 54
-                words.append(word | sum(int(code) << 6 + 3 * j for j, code in enumerate(codes)))
-                s, z = ss * (torch.tensor(scale).half() - sz), zs * (torch.tensor(zero).half() - zz)
-                made[row * 16 + r, column * 16 : column * 16 + 16] = (s * (codes.half() - z)).float()
-    return torch.tensor(words), made
-
-
-def outliers() -> torch.Tensor:
-    """A sparse f32 [N, K] of float16 numbers; one row has none, one has many."""
-    generator = torch.Generator().manual_seed(1)
-    made = torch.randn(N, K, generator=generator).half().float()
-    chance = torch.rand(N, K, generator=generator)
-    chance[3], chance[4, 10:] = 1.0, 0.0
-    return torch.where(chance < 0.05, made, 0.0)
-
-
-def word(column: int, number: float) -> int:
-    bits = int(torch.tensor(number).half().view(torch.int16)) & 0xFFFF
-    value = bits << 16 | column
-    return value - 2**32 if value >= 2**31 else value
-
-
-def csr(extra: torch.Tensor) -> Tensors:
-    rows = [[word(int(k), float(row[k])) for k in row.nonzero()[:, 0]] for row in extra]
-    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    return {"row_offsets": offsets.int(), "col_vals": torch.tensor([w for row in rows for w in row]).int()}
-
-
-def ptcsr(extra: torch.Tensor) -> Tensors:
-    """Sixteen rows beside each other, zero words behind the shorter ones."""
-    rows = [[word(int(k), float(row[k])) for k in row.nonzero()[:, 0]] for row in extra]
-    words, offsets = [], [0]
-    for at in range(0, N, 16):
-        tile = rows[at : at + 16]
-        for i in range(max(map(len, tile))):
-            words += [row[i] if i < len(row) else 0 for row in tile]
-        offsets.append(len(words))
-    return {"row_offsets": torch.tensor(offsets).int(), "col_vals": torch.tensor(words, dtype=torch.int32)}
-
-
 def stored(**more: torch.Tensor) -> Tensors:
     """The module without permutation and outliers, and with what is given."""
     empty = {"row_offsets": torch.zeros(N + 1, dtype=torch.int32), "col_vals": torch.zeros(0)}
-    return {"dense_weights": dense()[0], "in_perm": torch.zeros(0, dtype=torch.int32)} | empty | more
+    return {"dense_weights": dense(N, K)[0], "in_perm": torch.zeros(0, dtype=torch.int32)} | empty | more
 
 
 ORDER = torch.randperm(K, generator=torch.Generator().manual_seed(2))
@@ -90,20 +39,21 @@ def test_a_real_checkpoint_is_written_as_it_is_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("layout", [csr, ptcsr])
 def test_tiles_outliers_and_order(layout: Any) -> None:
-    expected = (dense()[1] + outliers()).half().float()[:, ORDER.argsort()]
-    packed = read(SPQR, CONFIG, stored(**layout(outliers()), in_perm=PERM), fc(N, K))
+    expected = (dense(N, K)[1] + outliers(N, K)).half().float()[:, ORDER.argsort()]
+    packed = read(SPQR, CONFIG, stored(**layout(outliers(N, K)), in_perm=PERM), fc(N, K))
     assert torch.equal(weight(packed), expected)
     assert (
-        packed.residual is not None and packed.residual.transform.summary() == f"{int(outliers().ne(0).sum())} outliers"
+        packed.residual is not None
+        and packed.residual.transform.summary() == f"{int(outliers(N, K).ne(0).sum())} outliers"
     )
     x = torch.randn(2, 3, K)
     rows = packed.before[0](x)
     y = rows @ value(packed).T + packed.residual(rows)
-    exact = x.double() @ (dense()[1] + outliers()).double()[:, ORDER.argsort()].T
+    exact = x.double() @ (dense(N, K)[1] + outliers(N, K)).double()[:, ORDER.argsort()].T
     assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-4)
     assert torch.allclose(packed.residual(rows[0, 0]), packed.residual(rows)[0, 0])
     written = SPQR.write(CONFIG, fc(N, K), packed)
-    assert same_bits(written, stored(**csr(outliers()), in_perm=PERM))
+    assert same_bits(written, stored(**csr(outliers(N, K)), in_perm=PERM))
     assert same(packed, read(SPQR, CONFIG, written, fc(N, K)))
     assert SPQR.stored_config(CONFIG, {"fc": packed})["shapes"] == {
         f"fc.{name}.shape": len(tensor) for name, tensor in written.items()
@@ -113,26 +63,26 @@ def test_tiles_outliers_and_order(layout: Any) -> None:
 def test_without_outliers_and_permutation() -> None:
     packed = read(SPQR, CONFIG, stored(), fc(N, K))
     assert packed.residual is None and not packed.before
-    assert torch.equal(weight(packed), dense()[1])
+    assert torch.equal(weight(packed), dense(N, K)[1])
     assert same_bits(SPQR.write(CONFIG, fc(N, K), packed), stored())
 
 
 def test_many_outliers_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    residual = read(SPQR, CONFIG, stored(**csr(outliers())), fc(N, K)).residual
+    residual = read(SPQR, CONFIG, stored(**csr(outliers(N, K))), fc(N, K)).residual
     assert residual is not None
     x = torch.randn(3, K)
     whole = residual(x)
     monkeypatch.setattr(sparse, "CHUNK", 7)
-    assert torch.allclose(residual(x), whole, atol=1e-6) and torch.allclose(whole, x @ outliers().T, atol=1e-5)
+    assert torch.allclose(residual(x), whole, atol=1e-6) and torch.allclose(whole, x @ outliers(N, K).T, atol=1e-5)
 
 
 def test_which_modules_and_float_models() -> None:
     config = SpqrConfig(modules_to_not_convert=["lm_head.weight", "model.norm.weight"])
     head = linear("lm_head", N, K)
     modules = {"fc": fc(N, K), "lm_head": head}
-    source = InMemory({f"fc.{name}": tensor for name, tensor in stored().items()} | {"lm_head.weight": dense()[1]})
+    source = InMemory({f"fc.{name}": tensor for name, tensor in stored().items()} | {"lm_head.weight": dense(N, K)[1]})
     assert SPQR.select(config, head, source, modules) == Skip("the checkpoint stores its weight dense")
-    plain = InMemory({"fc.weight": dense()[1], "lm_head.weight": dense()[1]})
+    plain = InMemory({"fc.weight": dense(N, K)[1], "lm_head.weight": dense(N, K)[1]})
     assert SPQR.select(config, head, plain, modules) == Skip("modules_to_not_convert has 'lm_head'")
     with pytest.raises(ConfigError, match="spqr reads checkpoints and quantizes nothing"):
         SPQR.select(config, fc(N, K), plain, modules)
@@ -155,7 +105,7 @@ BROKEN: list[tuple[dict[str, torch.Tensor | None], str]] = [
         "  try:      the checkpoint is incomplete: it must hold fc.in_perm",
     ),
     (
-        {"dense_weights": dense()[0][:-1]},
+        {"dense_weights": dense(N, K)[0][:-1]},
         "a stored tensor has the wrong shape\n"
         "  where:    fc.dense_weights (module fc, 32 outputs, 48 inputs)\n"
         "  found:    i64 [95]\n"
@@ -163,10 +113,10 @@ BROKEN: list[tuple[dict[str, torch.Tensor | None], str]] = [
         "  try:      the checkpoint and its quantization_config do not belong together, or a file is damaged",
     ),
     (
-        {"dense_weights": changed(dense()[0], 4, 55)},
+        {"dense_weights": changed(dense(N, K)[0], 4, 55)},
         "two rows of a tile disagree on its scales\n"
         "  where:    fc.dense_weights (module fc)\n"
-        f"  found:    bytes {[int((dense()[0][4] >> 54 & 0xFF) ^ 2), int(dense()[0][5] >> 54 & 0xFF)]} in words 4 and 5\n"
+        f"  found:    bytes {[int((dense(N, K)[0][4] >> 54 & 0xFF) ^ 2), int(dense(N, K)[0][5] >> 54 & 0xFF)]} in words 4 and 5\n"
         f"  expected: one byte twice\n  try:      {DAMAGED}",
     ),
     (
@@ -210,7 +160,7 @@ def test_a_broken_checkpoint_is_said_in_full(changes: dict[str, torch.Tensor | N
 
 
 def test_an_infinite_scale_is_refused() -> None:
-    words = dense()[0]
+    words = dense(N, K)[0]
     for row in range(2, 4):  # the high byte of the first tile's first number
         words[row] |= 0x7C << 54
     with pytest.raises(CheckpointError, match="a stored tensor holds a number that is not finite"):
