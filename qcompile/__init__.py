@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.compiler import compile
+    from qcompile.conversion import convert
     from qcompile.errors import QCompileError
     from qcompile.loading import load
     from qcompile.methods.index import register_method
     from qcompile.runtime.model import CompiledModel
 
-__all__ = ["CompiledModel", "QCompileError", "compile", "load", "register_method"]
+__all__ = ["CompiledModel", "QCompileError", "compile", "convert", "load", "register_method"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "CompiledModel": "qcompile.runtime.model",
     "QCompileError": "qcompile.errors",
     "compile": "qcompile.compiler",
+    "convert": "qcompile.conversion",
     "load": "qcompile.loading",
     "register_method": "qcompile.methods.index",
 }

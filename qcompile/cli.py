@@ -1,4 +1,4 @@
-"""The command line: compile, run, inspect, bench, formats, targets.
+"""The command line: compile, run, inspect, export, convert, bench, formats, targets.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 an error of qcompile's own kind, 2 wrong usage.
 """
@@ -211,6 +211,41 @@ def inspect(artifact: Path, kernel: str | None, graph: bool, after: str | None, 
         click.echo(json.dumps(model.report.to_json(), indent=1))
     else:
         click.echo(str(model.report))
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The checkpoint folder to write.")
+def export(artifact: Path, output: Path) -> None:
+    """Write ARTIFACT as a checkpoint of its quantization method, for the method's own package. Runs nothing of it."""
+    from qcompile.runtime.model import CompiledModel
+    from qcompile.runtime.store import read
+
+    CompiledModel(read(artifact)).export_checkpoint(output)
+
+
+@main.command()
+@click.argument("source")
+@click.option("--to", "method", metavar="METHOD", help="The method to convert to; its config is found from the source.")
+@click.option("--config", help="The whole config to convert to: JSON, or a JSON file.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The checkpoint folder to write.")
+@click.option(
+    "--unrounded", is_flag=True, help="Compare weights before the rounding that each method's decoding ends with."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the proof as JSON.")
+def convert(source: str, method: str | None, config: str | None, output: Path, unrounded: bool, as_json: bool) -> None:
+    """Repack the quantized checkpoint SOURCE for another method; no weight changes, or it is an error that says why."""
+    import qcompile
+
+    given = _config(config)
+    if given is not None:
+        wanted: Any = {**given, **({} if method is None else {"quant_method": method})}
+    elif method is not None:
+        wanted = method
+    else:
+        raise click.UsageError("one of --to and --config is needed")
+    done = qcompile.convert(source, wanted, output, rounded=not unrounded)
+    click.echo(json.dumps(done.to_json(), indent=1) if as_json else str(done))
 
 
 @main.command()

@@ -17,6 +17,11 @@ from qcompile.formats.dense import Dense
 from qcompile.pack import pack, unpack
 from qcompile.simplify import coordinates, interval, simplify
 
+_ROUNDING_ONLY = (
+    "codes, scales and zeros are the same, only the rounding behind them differs: allow that with rounded=False"
+    " (--unrounded)"
+)
+
 
 @dataclass(frozen=True)
 class _Parts:
@@ -44,30 +49,32 @@ class _Parts:
         return _Parts(code, scale, at(terms.zero), at(terms.offset), terms.table)
 
 
-def repack(source: Packed, target: Format, where: str = "") -> Packed:
+def repack(source: Packed, target: Format, where: str = "", *, rounded: bool = True) -> Packed:
     """`source` in the format `target`, every weight the same bit for bit, and what happens around the matmul as it was.
 
-    Where `target` has a parameter `scale`, the scales' dtype may be the source's instead. ConfigError with the reason
-    where the two formats have no such weight in common.
+    Where `target` has a parameter `scale`, the scales' dtype may be the source's instead. With `rounded` false the
+    weights are compared before the rounding that each format ends with. ConfigError with the reason where the two formats
+    have no such weight in common.
     """
-    true = dequantize(source.format, source.tensors, source.N, source.K)
-    problems = []
+    true, problems = weights(source, rounded), []
     for format_ in _candidates(source, target):
         try:
-            made = _carried(source, format_, true)
+            made = replace(source, format=format_, tensors=_carried(source, format_))
         except ConfigError as error:
             problems.append(error)
             continue
-        found = dequantize(format_, made, source.N, source.K)
-        different = (found != true) & ~(found.isnan() & true.isnan())
-        if not bool(different.any()):
-            return replace(source, format=format_, tensors=made)
-        count = f"{int(different.sum())} of {true.numel()} weights would change"
+        found = weights(made, rounded)
+        changed = different(found, true)
+        if not bool(changed.any()):
+            return made
+        same_terms = rounded and not bool(different(weights(made, False), weights(source, False)).any())
+        count = f"{int(changed.sum())} of {true.numel()} weights would change"
         problems.append(
             ConfigError(
                 "the weights are no values of the other format",
                 found=f"{count}, by at most {float((found - true).abs().max()):.1e}: {_rounding(source.format, format_)}",
                 expected="the same weights, bit for bit",
+                remedy=_ROUNDING_ONLY if same_terms else "",
             )
         )
     last = problems[-1]
@@ -78,6 +85,25 @@ def repack(source: Packed, target: Format, where: str = "") -> Packed:
         expected=last.expected,
         remedy=last.remedy or "quantize the float model with the other method instead",
     )
+
+
+def weights(packed: Packed, rounded: bool = True) -> torch.Tensor:
+    """The weight f32 [N, K] as its format decodes it, or f64 before the format's last rounding (affine formats only)."""
+    if rounded or not isinstance(packed.format, Affine):
+        return dequantize(packed.format, packed.tensors, packed.N, packed.K).to(
+            torch.float32 if rounded else torch.float64
+        )
+    parts = _Parts.of(packed)
+    if parts.table is not None:
+        code = torch.tensor(parts.table, dtype=torch.float64)[parts.code.long()]
+    else:
+        code = parts.code.double() - (0 if parts.zero is None else parts.zero.double())
+    return code * parts.scale.double() + (0 if parts.offset is None else parts.offset.double())
+
+
+def different(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Where two weights differ; NaN is equal to NaN."""
+    return (left != right) & ~(left.isnan() & right.isnan())
 
 
 def _candidates(source: Packed, target: Format) -> Iterator[Format]:
@@ -96,7 +122,7 @@ def _rounding(source: Format, target: Format) -> str:
     return f"{source.kind} computes them {said(source)}, {target.kind} {said(target)}"
 
 
-def _carried(source: Packed, target: Format, true: torch.Tensor) -> dict[str, torch.Tensor]:
+def _carried(source: Packed, target: Format) -> dict[str, torch.Tensor]:
     """The stored tensors of `target`, not yet compared with the source."""
     N, K = source.N, source.K
     located = target.located(N, K)
@@ -105,6 +131,7 @@ def _carried(source: Packed, target: Format, true: torch.Tensor) -> dict[str, to
     if type(target) is type(source.format) and same:
         return pack(target, unpack(source.format, source.tensors, N, K), N, K)
     if isinstance(target, Dense):
+        true = weights(source)
         _exact("weight", true, target.dtype)
         return pack(target, {"weight": true}, N, K)
     if not isinstance(source.format, Affine) or not isinstance(target, Affine):
@@ -224,10 +251,10 @@ def _solved(expr: Expr, value: torch.Tensor) -> tuple[str, torch.Tensor] | None:
 def _exact(name: str, value: torch.Tensor, dtype: str) -> None:
     """ConfigError unless `dtype` holds every number of `value`."""
     rounded = value.to(DTYPES[dtype]).to(value.dtype) if value.is_floating_point() else value
-    different = (rounded != value) & ~(rounded.isnan() & value.isnan())
-    if bool(different.any()):
+    changed = different(rounded, value)
+    if bool(changed.any()):
         raise ConfigError(
             f"the {name} would be rounded",
-            found=f"{NAMES[value.dtype]} numbers such as {value[different][0].item()!r}",
+            found=f"{NAMES[value.dtype]} numbers such as {value[changed][0].item()!r}",
             expected=f"numbers of {dtype}",
         )
