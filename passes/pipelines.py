@@ -15,10 +15,12 @@ PASSES: dict[str, str] = {
     "quantize": "qcompile.passes.quantize:Quantize",
     "quantize-experts": "qcompile.passes.quantize_experts:QuantizeExperts",
     "read-parameters": "qcompile.passes.read_parameters:ReadParameters",
+    "round-outputs": "qcompile.passes.round_outputs:RoundOutputs",
     "round-cache": "qcompile.passes.round_cache:RoundCache",
     "add-kv-cache": "qcompile.passes.add_kv_cache:AddKvCache",
     "fuse-dequantize": "qcompile.passes.fuse_dequantize:FuseDequantize",
     "choose-layout": "qcompile.passes.choose_layout:ChooseLayout",
+    "layout-experts": "qcompile.passes.layout_experts:LayoutExperts",
     "share-subexpressions": "qcompile.passes.share_subexpressions:ShareSubexpressions",
     "decompose": "qcompile.passes.decompose:Decompose",
     "fuse-activation": "qcompile.passes.fuse_activation:FuseActivation",
@@ -39,11 +41,13 @@ FULL: tuple[str, ...] = (
     "quantize",  # while each linear is still a layer of the model, with its path
     "quantize-experts",
     "read-parameters",  # everything below may look at values
+    "round-outputs",  # while every module and every rounding is still there by itself
     "round-cache",  # while keys and values still go to one attention
     "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
     "fuse-dequantize",
     "decompose",  # before layouts: a rotation holds a linear of its own
     "choose-layout",  # before merging: only layouts tell which weights can lie side by side
+    "layout-experts",
     "share-subexpressions",  # so that equal inputs of linears are one node, which merging looks for
     "fuse-activation",  # before constants fold and epilogues look for activations
     "fuse-norm",  # before constants fold: 1 + weight is an offset of the norm
@@ -64,6 +68,7 @@ CHECKED: tuple[str, ...] = (
     "quantize",
     "quantize-experts",
     "read-parameters",
+    "round-outputs",
     "round-cache",
     "add-kv-cache",
     "drop-dead-code",

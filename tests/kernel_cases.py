@@ -43,6 +43,10 @@ def _few() -> None:
     rounded = Lanes(5, 8, zero="bf16", scale="bf16", rounding="each-bf16")
     _case("gemv-rounded", "linear-gemv", _linear(rounded, rows=4, ragged=True), 2, 40, 19)
     _case("gemv-dense", "linear-gemv", _linear(LanesDense("f16"), rows=4, ragged=True), 2, 13, 19)
+    _case("experts", "experts-gemv", _linear(four, rows=1, bias=True, experts=3, n=16), 5, 64, 48)
+    _case("experts-sums", "experts-gemv", _linear(three, rows=1, experts=2, n=32), 3, 48, 64)
+    whole = _linear(Gptq(3, 32), sizes=((48, 64),), rows=1, experts=3, n=16)
+    _case("experts-gptq", "experts-gemv", whole, 2, 64, 48)
     for name, format, n, k in (
         ("gptq", Gptq(3, 32, indirect=True), 40, 64), ("bnb", Bnb4(nested=256), 19, 21), ("gguf", Q6_K(), 18, 256),
     ):  # fmt: skip

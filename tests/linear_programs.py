@@ -11,6 +11,7 @@ import torch
 from tiny_programs import Call, program, run
 
 from qcompile.artifact import Built, Executable, KernelSpec
+from qcompile.experts import ExpertsSpec
 from qcompile.format import Format
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir import templates, toolchain
@@ -50,6 +51,15 @@ class _Linear(_Buffers):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         x, *more = inputs
         return qc.linear(x, self.of("stored"), [*self.of("extras"), *more], self.spec)
+
+
+class _Experts(_Buffers):
+    def __init__(self, spec: ExpertsSpec, stored: Sequence[torch.Tensor], bias: torch.Tensor | None):
+        super().__init__(stored, [] if bias is None else [bias])
+        self.spec = spec.to_text()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return qc.experts(*inputs, self.of("stored"), next(iter(self.of("extras")), None), self.spec)
 
 
 class _Embedding(_Buffers):
@@ -115,6 +125,17 @@ def linear(
 
 def embedding(format: Format, n: int, k: int, tensors: Tensors, ids: torch.Tensor) -> Program:
     return program(_Embedding([tensors[s.name] for s in format.stored(n, k)], format, n, k), ids)
+
+
+def experts(
+    format: Format, tensors: Tensors, experts: int, n: int, k: int, m: int, *, bias: bool = False, dynamic: bool = False
+) -> tuple[Program, list[torch.Tensor]]:
+    """A program of a mixture's linear, and its inputs: x [m, k] and the expert of each row."""
+    spec = ExpertsSpec(experts, n, k, (Part(format.to_json(), experts * n, len(tensors)),))
+    stored = [tensors[s.name] for s in format.stored(experts * n, k)]
+    inputs = [torch.randn(m, k), torch.randint(experts, (m,))]
+    made = _Experts(spec, stored, torch.randn(experts, n) if bias else None)
+    return program(made, *inputs, dynamic={0: "m"} if dynamic else None), inputs
 
 
 def differ(made: Program, inputs: Sequence[torch.Tensor], target: Target | None = None, threads: int = 2) -> float:

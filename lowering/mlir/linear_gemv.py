@@ -67,11 +67,13 @@ def emit(params: dict[str, Any], target: Target) -> str:
     """Text of the kernel. Dims: M, K, rows of each part. Needs `scratch`."""
     shape, rows = Shape.of(params), params["rows"]
     t = Text(TEMPLATE.replace("-", "_"), f"y = epilogue(norm(x) @ W.T + bias), at most {rows} rows\n{shape}")
-    _Gemv(t, target, shape, rows, bool(scratch(params, 1 << 20))).emit()
+    Gemv(t, target, shape, rows, bool(scratch(params, 1 << 20))).emit()
     return t.finish()
 
 
-class _Gemv:
+class Gemv:
+    """Writes the kernel; `rows` rows of x are worked on at once."""
+
     def __init__(self, t: Text, target: Target, shape: Shape, rows: int, needs_scratch: bool):
         self.t, self.rows, self.shape = t, rows, shape
         self.operands = Operands.load(t, shape, needs_scratch)

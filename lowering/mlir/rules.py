@@ -15,6 +15,7 @@ Rule = Callable[[Node, Context], None]
 RULES: dict[str, str] = {
     "qcompile.linear.default": "linear_rule:lower_linear",
     "qcompile.embedding.default": "embedding:lower_embedding",
+    "qcompile.experts.default": "experts_gemv:lower_experts",
     "qcompile.attention.default": "attention:lower_attention",
     "qcompile.cached_attention.default": "attention:lower_cached_attention",
     "qcompile.rope.default": "attention:lower_rope",

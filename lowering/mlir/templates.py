@@ -25,6 +25,7 @@ TEMPLATES: dict[str, str] = {
     "attention-combine": "attention_combine",
     "cache-write": "cache_write",
     "embedding": "embedding",
+    "experts-gemv": "experts_gemv",
     "gather": "gather",
     "linear-gemm": "linear_gemm",
     "linear-gemv": "linear_gemv",
