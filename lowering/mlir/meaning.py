@@ -387,3 +387,8 @@ READ: dict[str, Read] = {f"aten.{name}": read for name, read in _MEANINGS.items(
     "prims.convert_element_type": _value
 }
 """Operator -> what it means in the operations of scalar_ops.OPS, "to", "full" and "index"."""
+
+FILLS = frozenset(
+    f"aten.{name}" for name in ("full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full")
+)
+"""Operators that look at no number of their tensor, whose shape may be another than the result's."""

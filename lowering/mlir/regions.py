@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from qcompile.dtypes import NAMES
 from qcompile.lowering.base import Context, Refuse
-from qcompile.lowering.mlir.meaning import READ, Reader, operator
+from qcompile.lowering.mlir.meaning import FILLS, READ, Reader, operator
 from qcompile.lowering.mlir.pointwise import Operand, call
 
 
@@ -20,6 +20,7 @@ def is_pointwise(node: Node) -> bool:
 
 def lower_pointwise(node: Node, ctx: Context) -> None:
     inputs = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+    inputs = [] if operator(node) in FILLS else inputs
     reader = Reader([(item, ctx.strided(item).dtype) for item in inputs])
     result = reader.read(node)
     dtype = ctx.dtype(node)

@@ -42,6 +42,7 @@ UNARY = {
     "not": lambda x: torch.logical_not(x), "masked_fill": lambda x: x.masked_fill(x < 0, -math.inf),
     "half": lambda x: x.to(torch.float16), "bool to int": lambda x: (x > 0).to(torch.int32),
     "like": lambda x: torch.zeros_like(x) + torch.full_like(x, 2.5),
+    "new": lambda x: x.new_zeros(len(x) + 9, 40) + x.new_full((40,), 2.5),
 }  # fmt: skip
 
 
