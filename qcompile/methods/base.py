@@ -140,6 +140,14 @@ class Cache:
     claims: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a method does to the output of a module that is no linear layer; `claims` are its tensors."""
+
+    applied: Applied
+    claims: tuple[str, ...] = ()
+
+
 class Method(ABC):
     """One `quant_method`. Methods hold no state; `modules` are the model's modules with a weight, by path, in order.
 
@@ -184,6 +192,10 @@ class Method(ABC):
     def cache(self, config: MethodConfig, path: str, heads: int, width: int, source: TensorSource) -> Cache | None:
         """What happens to the keys (after rotary embedding) and values of the attention module `path`; None: nothing."""
         return None
+
+    def outputs(self, config: MethodConfig, source: TensorSource) -> Mapping[str, Output]:
+        """What happens to the outputs of modules that are no linear layers, by module path."""
+        return {}
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         """The tensors of a quantized module as the method's checkpoints hold them, by their names within the module.

@@ -14,7 +14,7 @@ from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import CheckpointError
 from qcompile.formats.quanto import QuantoBits, group_of
 from qcompile.methods import skip, stored
-from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
+from qcompile.methods.base import Method, MethodConfig, Output, Quantized, Skip
 
 if TYPE_CHECKING:
     from qcompile.format import Format, Packed
@@ -56,10 +56,9 @@ class Quanto(Method):
 
     Weights are worth what the package dequantizes, every rounding of their dtype included. Deviations: the package's
     bfloat16 kernels on a CPU (int8, and int4 in groups of 128) round otherwise; a float8 output of zeros is 0, where the
-    package gives NaN. With rounded activations, every quantized linear rounds its input and its output, as in a model
-    that optimum loads; the package does not round an input again that another module has rounded, which is the same where
-    both have one scale, as calibration leaves them unless it streamlines: the output of a LayerNorm is rounded by the
-    linear that reads it alone.
+    package gives NaN. With rounded activations, every quantized module rounds its output, and its input where that is not
+    rounded yet, as in a model that optimum loads (a model that was only calibrated rounds less). What is written again
+    leaves out the entries of norms.
     """
 
     name = "quanto"
@@ -85,7 +84,7 @@ class Quanto(Method):
     ) -> Skip | Quantized:
         config = cast(QuantoConfig, config)
         if self.prequantized(config, source):
-            return self._stored(module, source, modules)
+            return self._stored(module, source)
         patterns = config.modules_to_not_convert
         skip.check("modules_to_not_convert", patterns or (), modules, self.name)
         dense = skip.dense(module, modules, "modules_to_not_convert", patterns)
@@ -98,7 +97,7 @@ class Quanto(Method):
         config.require(config.activations is None, "activations", "None: their scales need data", remedy)
         return config.weights
 
-    def _stored(self, module: Module, source: TensorSource, modules: Mapping[str, Module]) -> Skip | Quantized:
+    def _stored(self, module: Module, source: TensorSource) -> Skip | Quantized:
         names = stored.tensors(source, module)
         entry = _entry(module, source, names)
         if entry["weights"] is None:
@@ -119,7 +118,7 @@ class Quanto(Method):
             stored.expect(used[s.name], source, (s.dtype,), () if single else s.shape, module)
         for name in SCALES:
             stored.expect(names[name], source, FLOATS, (), module)
-        return Quantized(fmt, used, (*(names[name] for name in SCALES), *_of_norms(module, source, modules)))
+        return Quantized(fmt, used, tuple(names[name] for name in SCALES))
 
     def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
         tensors = {name: stored.finite(source.read(full), full, module) for name, full in selected.names.items()}
@@ -129,9 +128,20 @@ class Quanto(Method):
         names = stored.tensors(source, module)
         kind = _entry(module, source, names)["activations"]
         if kind is not None:
-            before, after = (_static(kind, source.read(names[name]), names[name], module) for name in SCALES)
+            before, after = (_static(kind, source.read(names[name]), names[name], module.path) for name in SCALES)
             packed.before, packed.after = (before,), (after,)
         return packed
+
+    def outputs(self, config: MethodConfig, source: TensorSource) -> Mapping[str, Output]:
+        """The static rounding of what norms give; their input scales are there and say nothing."""
+        found, names = {}, set(source.names())
+        for path, entry in (source.sidecar(MAP) or {}).items():
+            kind = TYPES.get(str(entry.get("activations"))) if isinstance(entry, dict) else None
+            claims = tuple(f"{path}.{name}" for name in SCALES)
+            if kind is None or entry.get("weights") != "none" or not names.issuperset(claims):
+                continue
+            found[path] = Output(_static(kind, source.read(claims[1]), claims[1], path), claims)
+        return found
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """Codes and scales as quanto's AbsmaxOptimizer (8 bits) and MaxOptimizer give them, in the weight's own dtype."""
@@ -187,20 +197,6 @@ def _wrong(module: Module, found: str, expected: str) -> CheckpointError:
     )
 
 
-def _of_norms(module: Module, source: TensorSource, modules: Mapping[str, Module]) -> tuple[str, ...]:
-    """The scales of norms, which belong to no linear: the first quantized one claims them."""
-    start = module.weight.removesuffix("weight")
-    names = set(source.names())
-    quantized = (
-        each.weight for each in modules.values() if {f"{each.weight}._data", f"{each.weight}._data._data"} & names
-    )
-    if next(quantized, "") != module.weight:
-        return ()
-    owned = {each.weight.removesuffix("weight") for each in modules.values()} | {start}
-    scales = (name for name in source.names() if name.endswith(tuple(f".{scale}" for scale in SCALES)))
-    return tuple(name for name in scales if name.rpartition(".")[0] + "." not in owned)
-
-
 def _format(kind: str, k: int, scale: str, zero: bool = False) -> Format:
     """The format of weights of a type, with k inputs, whose scales are of dtype `scale`."""
     from qcompile.formats.integer import Int8
@@ -215,25 +211,24 @@ def _format(kind: str, k: int, scale: str, zero: bool = False) -> Format:
     return QuantoBits(4 if kind == "int4" else 2, group_of(k), scale, zero)
 
 
-def _static(kind: str, scale: torch.Tensor, name: str, module: Module) -> Applied:
+def _static(kind: str, scale: torch.Tensor, name: str, path: str) -> Applied:
     """The rounding of an input or an output by one stored scale."""
     from qcompile.transform import Applied
     from qcompile.transforms.round_float import RoundFloat
     from qcompile.transforms.round_int import RoundInt
 
-    stored.finite(scale, name, module)
-    if not float(scale) > 0:
+    if not 0 < float(scale) < math.inf:
         raise CheckpointError(
-            "a scale of activations is not positive",
-            where=f"{name} (module {module.path})",
+            "a scale of activations is not a positive number",
+            where=f"{name} (module {path})",
             found=float(scale),
-            expected="a positive number",
+            expected="a positive, finite number",
             remedy="calibrate the model again",
         )
     dtype = NAMES[scale.dtype]
     if kind == "int8":
-        return Applied(RoundInt(per="tensor", scale=dtype), {"scale": scale.reshape(1)})
-    element = RoundFloat(per="tensor", scale=dtype, element="f8e5m2" if kind == "float8_e5m2" else "f8e4m3")
+        return Applied(RoundInt(per="tensor", scale=dtype, once=True), {"scale": scale.reshape(1)})
+    element = RoundFloat(per="tensor", scale=dtype, once=True, element="f8e5m2" if kind == "float8_e5m2" else "f8e4m3")
     return Applied(element, {"scale": scale.reshape(1)})
 
 

@@ -80,7 +80,8 @@ class Rounding(Transform):
     the dtype of a stored scale [1] that holds for everything, or, with `heads`, [heads, 1, 1] for each index of
     dimension 1; "": computed for each call from the maximum of |x|, which `least` and `most` bound (0: no bound). The
     scale is at least `floor`, and `empty` where it would be 0. `arithmetic`: x / scale ("divide"), x * (1 / scale)
-    ("reciprocal"), or x times the inverse limit / maximum ("inverse"). All in `dtype`.
+    ("reciprocal"), or x times the inverse limit / maximum ("inverse"). All in `dtype`. With `once`, what another such
+    rounding has made is not rounded again: the pass "round-outputs" sees to that.
     """
 
     per: Per = "token"
@@ -93,6 +94,7 @@ class Rounding(Transform):
     arithmetic: Literal["divide", "reciprocal", "inverse"] = "divide"
     dtype: Literal["f32", "f16", "bf16"] = "f32"
     heads: int = field(default=0, kw_only=True)
+    once: bool = field(default=False, kw_only=True)
 
     def stored(self, K: int) -> tuple[Stored, ...]:
         return (Stored("scale", self.scale, self.stored_shape),) if self.scale else ()

@@ -158,20 +158,19 @@ def test_static_scales_round_what_goes_in_and_what_comes_out() -> None:
     assert Q.sidecars(config, {"fc": float8}) == source.sidecars
 
 
-def test_the_first_linear_claims_the_scales_of_norms() -> None:
-    config = QuantoConfig("int8")
-    norms = {f"norm.{side}_scale": torch.ones(()) for side in ("input", "output")}
-    names = ("a", "b")
-    modules = {name: linear(name, 2, 4) for name in names}
-    made = Q.quantize(config, fc(2, 4), sample(2, 4))
-    tensors = {f"{name}.{part}": t for name in names for part, t in Q.write(config, fc(2, 4), made).items()}
-    source = InMemory(tensors | norms, sidecars=Q.sidecars(config, dict.fromkeys(names, made)))
-    claims = []
-    for module in modules.values():
-        selected = Q.select(config, module, source, modules)
-        assert isinstance(selected, Quantized)
-        claims += [*selected.names.values(), *selected.also_claims]
-    assert sorted(claims) == sorted(source.names())
+def test_outputs_of_norms_are_rounded() -> None:
+    source = InMemory(
+        {"norm.input_scale": torch.ones(()), "norm.output_scale": torch.tensor(0.25)},
+        sidecars={
+            MAP: {
+                "norm": {"weights": "none", "activations": "qint8"},
+                "gone": {"weights": "none", "activations": "qint8"},
+            }
+        },
+    )
+    found = Q.outputs(QuantoConfig(activations="int8"), source)
+    assert found.keys() == {"norm"} and found["norm"].claims == ("norm.input_scale", "norm.output_scale")
+    assert torch.equal(found["norm"].applied(torch.tensor([0.3, 99.0])), torch.tensor([0.25, 31.75]))
 
 
 def test_what_the_map_does_not_quantize_stays_dense() -> None:
@@ -299,10 +298,10 @@ BROKEN: list[tuple[str, Any, str]] = [  # a tensor to replace, or None to remove
     (
         "input_scale",
         torch.tensor(0.0),
-        "a scale of activations is not positive\n"
+        "a scale of activations is not a positive number\n"
         "  where:    fc.input_scale (module fc)\n"
         "  found:    0.0\n"
-        "  expected: a positive number\n"
+        "  expected: a positive, finite number\n"
         "  try:      calibrate the model again",
     ),
 ]
