@@ -192,6 +192,14 @@ class BitNet(Method):
         codes = (weight * inverse).round().clamp(-1, 1)
         return stored.packed(fmt, {"weight": pack_rows(codes), "scale": scale}, module)
 
+    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
+        config, found = cast(BitNetConfig, config), super().effects(config)
+        if config.inverse and not config.is_default("quantization_mode"):
+            found.append(("quantization_mode", "a bitlinear has no mode: its checkpoints hold rounded weights"))
+        if not config.use_rms_norm and not config.is_default("rms_norm_eps"):
+            found.append(("rms_norm_eps", "use_rms_norm is False: there are no norms"))
+        return found
+
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         config = cast(BitNetConfig, config)
         config = replace(config, linear_class="bitlinear") if config.online else config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -68,6 +68,7 @@ class Spqr(Calibrated):
     ) -> Skip | Quantized:
         from qcompile.formats.spqr import Spqr as SpqrFormat
 
+        config = cast(SpqrConfig, config)
         dense = self.dense(config, module, source, modules)
         if dense is not None:
             return dense
@@ -82,6 +83,10 @@ class Spqr(Calibrated):
         stored.expect(names["col_vals"], source, ("i32",) if count else ("i32", "f32"), (count,), module)
         order = module.k // 2 if len_of(source, names["in_perm"]) else 0
         stored.expect(names["in_perm"], source, ("i32",) if order else ("i32", "f32"), (order,), module)
+        for name in STORED:
+            said, found = config.shapes.get(f"{module.path}.{name}.shape"), len_of(source, names[name])
+            if said not in (None, found):
+                raise _damaged("a stored tensor is not as long as the config says", names[name], module, found, said)
         used = {"words": names["dense_weights"]}
         return Quantized(fmt, used, tuple(names[name] for name in STORED[1:]))
 
@@ -191,7 +196,7 @@ def _check_tiles(words: torch.Tensor, name: str, module: Module) -> None:
     stored.finite(byte[:, 0].to(torch.uint8).view(torch.float16), name, module)
 
 
-def _damaged(what: str, name: str, module: Module, found: str, expected: str) -> CheckpointError:
+def _damaged(what: str, name: str, module: Module, found: object, expected: object) -> CheckpointError:
     return CheckpointError(
         what,
         where=f"{name} (module {module.path})",

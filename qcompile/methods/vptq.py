@@ -142,7 +142,13 @@ class Vptq(Calibrated):
         config = cast(VptqConfig, config)
         layers = [*config.config_for_layers.values(), *config.shared_layer_config.values()]
         unread = sorted({name for layer in layers for name in layer} - LAYER_FIELDS - UNREAD)
-        return super().effects(config) + [(f"layer field {name!r}", "not a field of vptq: ignored") for name in unread]
+        floating = any(layer.get("indices_as_float") for layer in layers)
+        note = [("layer field 'indices_as_float'", "it steers fine-tuning: stored indices are integers")] * floating
+        return (
+            super().effects(config)
+            + note
+            + [(f"layer field {name!r}", "not a field of vptq: ignored") for name in unread]
+        )
 
     def select(
         self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]

@@ -254,3 +254,11 @@ def test_norms_cannot_be_added_on_the_fly() -> None:
         BIT.select(BitNetConfig(use_rms_norm=True), module(), InMemory({"fc.weight": sample()}), {"fc": module()})
     with pytest.raises(ConfigError, match="unknown field in the bitnet config"):
         BitNetConfig.from_dict({"linear_clas": "bitlinear"})
+
+
+def test_fields_without_effect_are_reported() -> None:
+    assert BIT.effects(BitNetConfig(quantization_mode="online", rms_norm_eps=1e-5)) == [
+        ("quantization_mode", "a bitlinear has no mode: its checkpoints hold rounded weights"),
+        ("rms_norm_eps", "use_rms_norm is False: there are no norms"),
+    ]
+    assert BIT.effects(ONLINE) == BIT.effects(BitNetConfig(use_rms_norm=True, rms_norm_eps=1e-5)) == []

@@ -227,8 +227,11 @@ def test_wrong_layer_configs() -> None:
         with pytest.raises(ConfigError) as caught:
             VptqConfig(config_for_layers={"fc": layer})
         assert caught.value.expected == what
-    config = VptqConfig(config_for_layers={"fc": {"bias": False, "norm_dim": 0, "colour": 1}})
-    assert VPTQ.effects(config) == [("layer field 'colour'", "not a field of vptq: ignored")]
+    config = VptqConfig(config_for_layers={"fc": {"bias": False, "norm_dim": 0, "colour": 1, "indices_as_float": True}})
+    assert VPTQ.effects(config) == [
+        ("layer field 'indices_as_float'", "it steers fine-tuning: stored indices are integers"),
+        ("layer field 'colour'", "not a field of vptq: ignored"),
+    ]
     with pytest.raises(ConfigError, match="unknown field in the aqlm config"):
         AqlmConfig.from_dict({"in_group": 8})
 

@@ -159,6 +159,17 @@ def test_a_broken_checkpoint_is_said_in_full(changes: dict[str, torch.Tensor | N
     assert str(caught.value) == message
 
 
+def test_a_length_that_the_config_does_not_say() -> None:
+    config = SpqrConfig(shapes={"fc.col_vals.shape": 3, "other.col_vals.shape": 4})
+    with pytest.raises(CheckpointError) as caught:
+        read(SPQR, config, stored(), fc(N, K))
+    assert str(caught.value) == (
+        "a stored tensor is not as long as the config says\n"
+        "  where:    fc.col_vals (module fc)\n"
+        f"  found:    0\n  expected: 3\n  try:      {DAMAGED}"
+    )
+
+
 def test_an_infinite_scale_is_refused() -> None:
     words = dense(N, K)[0]
     for row in range(2, 4):  # the high byte of the first tile's first number
