@@ -32,8 +32,8 @@ BFLOAT = "the reference rounds to bf16 between layers, which flips codes of acti
 
 FOUR_BITS = (
     "the reference rounds to bf16 between layers, which flips codes of 4-bit activations (they move the logits by 0.13 to "
-    "0.23); single layers agree to 3e-4, and a float32 model of such layers to 1e-4. Weights: the tensor's scale multiplies first in "
-    "lanes, and FP-Quant's rotation back adds in float64"
+    "0.23); single layers agree to 3e-4, and a float32 model of such layers to 1e-4. Weights: the tensor's scale "
+    "multiplies first in lanes, and FP-Quant's rotation back adds in float64"
 )
 
 # The first pattern that fits a folder's name holds.
