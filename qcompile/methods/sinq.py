@@ -107,8 +107,8 @@ class Sinq(Method):
         patterns = config.modules_to_not_convert or ()
         skip.check("modules_to_not_convert", patterns, modules, self.name)
         dense = skip.dense(module, modules, "modules_to_not_convert", patterns)
-        if dense:
-            return Skip(dense)
+        if dense or module.tied:  # the original leaves a tied head without any weight
+            return Skip(dense or f"its weight is tied to {', '.join(module.tied)}")
         return Quantized(self._format(config, module))
 
     def _format(self, config: SinqConfig, module: Module) -> SinqFormat | SinqSquare:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -229,6 +230,8 @@ def test_which_modules_are_quantized() -> None:
     assert dense(skipped) == common | {"lm_head": "modules_to_not_convert has 'lm_head'"}
     with pytest.raises(ConfigError, match="matches no module"):
         dense(SinqConfig(modules_to_not_convert=["head2"]))
+    modules["lm_head"] = replace(head, weight="embed.weight", tied=("embed",))
+    assert dense(SinqConfig()) == common | {"lm_head": "its weight is tied to embed"}
 
 
 @pytest.mark.parametrize(
