@@ -60,7 +60,7 @@ class Stage:
     def key(self, weight: Tensor, facts: Any) -> str:
         """The name for what `facts` (JSON) make of a float weight."""
         digest = hashlib.sha256(json.dumps([str(weight.dtype), list(weight.shape), facts], sort_keys=True).encode())
-        digest.update(memoryview(weight.detach().contiguous().view(torch.uint8).reshape(-1).numpy()))
+        digest.update(weight.detach().contiguous().view(torch.uint8).reshape(-1).numpy().data)
         return digest.hexdigest()
 
     def get(self, key: str) -> Packed | None:
