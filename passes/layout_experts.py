@@ -84,7 +84,8 @@ class LayoutExperts(Pass):
             names[stored.name] = name = unused_name(program, f"{path}.{stored.name}")
             program.tensors[name] = made.tensors[stored.name]
         nodes = [tensor_node(program, name) for name in names.values()]
-        row, held = 0, {}
+        row = 0
+        held: dict[str, torch.Tensor] = {}
         for piece in pieces:
             wanted = beside(piece.format, piece.record.n, made.K)
             kept = {name: tensor for name, tensor in piece.record.tensors.items() if name in wanted}
