@@ -60,8 +60,9 @@ class BitNet(Method):
     The two linear classes compute the same function: x, after an RMS norm where the config has one, is rounded to int8
     codes by 127 / max|x| for each token, the weights are ternary codes times a scale. They differ in what they store:
     "bitlinear" divides by `weight_scale`, "autobitlinear" multiplies with it, the bias too. Here the product is float32
-    throughout; the original in bfloat16 rounds the integer product and the rounded x to bfloat16. Compared with it in
-    float32, logits agree to 3e-6 unless a value lies on a tie of the rounding, which moves a logit by about 1e-2.
+    throughout. The original in float32 gives the same logits to 3e-6, unless a value lies on a tie of the rounding, which
+    moves a logit by about 1e-2. In bfloat16 it rounds the integer product, or the rounded x, to bfloat16: its logits then
+    differ from those in float32 by 2 to 3 percent (by norm, tiny models).
 
     On the fly (the scale is the mean of |W|) helps only models that were trained for it, as transformers, which refuses
     it, says. An online checkpoint is written as an offline "bitlinear" one: the same function, without the unrounded weights.
