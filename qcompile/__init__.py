@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from qcompile.errors import QCompileError
     from qcompile.loading import load
     from qcompile.methods.index import register_method
+    from qcompile.planning import plan
     from qcompile.runtime.model import CompiledModel
 
-__all__ = ["CompiledModel", "QCompileError", "compile", "convert", "load", "register_method"]
+__all__ = ["CompiledModel", "QCompileError", "compile", "convert", "load", "plan", "register_method"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "compile": "qcompile.compiler",
     "convert": "qcompile.conversion",
     "load": "qcompile.loading",
+    "plan": "qcompile.planning",
     "register_method": "qcompile.methods.index",
 }
 

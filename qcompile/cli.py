@@ -1,4 +1,4 @@
-"""The command line: compile, run, inspect, export, convert, bench, formats, targets.
+"""The command line: plan, compile, run, inspect, export, convert, bench, formats, targets.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 an error of qcompile's own kind, 2 wrong usage.
 """
@@ -98,6 +98,21 @@ def compile_command(
         )  # fmt: skip
         compiled.save(output)
     click.echo(json.dumps(compiled.report.to_json(), indent=1) if as_json else str(compiled.report))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--config", help="Quantization config: JSON, or a JSON file. Default: the checkpoint's own.")
+@click.option("--target", default="cpu", show_default=True, help="See `qcompile targets`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(model: str, config: str | None, target: str, as_json: bool) -> None:
+    """Show what compiling MODEL would make of every weight, from headers alone. Problems make the exit code 1."""
+    import qcompile
+
+    found = qcompile.plan(model, _config(config), target=target)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    if found.problems:
+        sys.exit(1)
 
 
 def _load(artifact: Path, target: str | None, trusted: bool, threads: int | None) -> CompiledModel:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qcompile.artifact import Artifact, Executable
@@ -15,10 +17,13 @@ from qcompile.graphjson import graph_of
 from qcompile.methods.index import parse_config
 from qcompile.passes.base import Context, run_pipeline
 from qcompile.passes.pipelines import CHECKED, FULL, pipeline
+from qcompile.planning import BYTES_AT_WORK, check
 from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.cache import build_kernels
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
+from qcompile.sources import unmap
+from qcompile.staging import Spilled, Stage
 from qcompile.target import Target
 from qcompile.target import target as target_of
 
@@ -42,6 +47,8 @@ def compile(
     accuracy: Accuracy = "exact",
     strict: bool = False,
     threads: int | None = None,
+    work: str | os.PathLike[str] | None = None,
+    max_memory: int | None = None,
     fuel: int | None = None,
     print_after: Collection[str] = (),
     show: Callable[[str, str], None] | None = None,
@@ -57,6 +64,10 @@ def compile(
     `accuracy` is about weight-only formats on a CPU: "exact" computes with float32 activations, "int8" rounds the inputs of
     quantized linears to int8 in groups first. `strict` makes an operation without a kernel a LoweringError instead of a line
     in the report. `threads` is how many processors a CPU target uses when it runs here (None: all that the process may use).
+    `work` is a folder that holds what is made of float weights: a compile that was interrupted and is started again with it
+    goes on where it stopped. `max_memory` bounds the bytes of tensors that are in memory at a time, on top of the process
+    itself (about 0.5 GB): large tensors lie in files, in `work` or a temporary folder; ConfigError when a single weight
+    needs more.
     `show(pass, text)` gets the graph's text after the passes named in `print_after` ("*" is all) that changed it;
     `progress(stage, on)` hears what is being worked on; `fuel` bounds the number of rewrites, to find one that is wrong.
 
@@ -73,9 +84,13 @@ def compile(
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
     backend: Backend = CpuBackend(accuracy) if place.backend == "cpu" else ReferenceBackend()
+    stage = None if work is None else Stage(Path(work))
     ctx = Context(
-        report, backend, method, parsed, fuel, frozenset("*"), show=_only(print_after, show), progress=progress
+        report, backend, method, parsed, fuel, frozenset("*"), show=_only(print_after, show), progress=progress, stage=stage
     )
+    check(program, ctx)
+    if max_memory is not None:
+        _spill(program, max_memory, work)
     run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
     if method is not None and program.quantization_config is None and fuel is None:
         _has_effect(report)
@@ -110,6 +125,23 @@ def compile(
         threads=threads,
         bounds=bounds,
     )
+
+
+def _spill(program: Program, max_memory: int, work: str | os.PathLike[str] | None) -> None:
+    """Keeps the program's large tensors in files from now on; ConfigError when its largest weight does not fit."""
+    most = max((module.n * module.k for module in program.modules.values()), default=0) * BYTES_AT_WORK
+    if max_memory < most:
+        raise ConfigError(
+            "the largest weight does not fit in the memory allowed",
+            where="max_memory",
+            found=f"{max_memory} bytes",
+            expected=f"{most} bytes or more",
+            remedy="allow more: a weight is quantized and laid out as a whole",
+        )
+    folder = Path(tempfile.gettempdir() if work is None else work)
+    folder.mkdir(parents=True, exist_ok=True)
+    program.tensors = Spilled(folder, program.tensors)
+    unmap(program.source)
 
 
 def _has_effect(report: Report) -> None:

@@ -13,7 +13,8 @@ QCompileError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 
 class QCompileError(Exception):
@@ -30,6 +31,14 @@ class QCompileError(Exception):
             if text:
                 lines.append(f"  {label + ':':<10}{text}")
         super().__init__("\n".join(lines))
+
+    def along_with(self, others: Sequence[QCompileError], count: int) -> Self:
+        """The same error, with `others` named in a line each below it; `count` is how many there are."""
+        made = type(self)(self.summary, where=self.where, found=self.found, expected=self.expected, remedy=self.remedy)
+        lines = [f"  also:     {e.where}{e.where and ': '}{e.summary}; found {e.found}" for e in others]
+        lines += [f"  also:     {count - len(others)} more"] if count > len(others) else []
+        made.args = ("\n".join([str(self), *lines]),)
+        return made
 
 
 class ConfigError(QCompileError):

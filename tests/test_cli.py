@@ -195,10 +195,12 @@ def test_an_artifact_that_was_changed(reference, tmp_path):
     assert err.startswith("error: a file has the wrong length\n  where:    report.json\n  found:    2 bytes\n")
 
 
-@pytest.mark.parametrize("command", ["", "compile", "run", "inspect", "bench", "formats", "targets"])
+@pytest.mark.parametrize(
+    "command", ["", "plan", "compile", "run", "inspect", "export", "convert", "bench", "formats", "targets"]
+)
 def test_help_explains_every_option(command):
     out, _ = run(*command.split(), "--help")
     if not command:
-        assert all(f"\n  {name} " in out for name in ("bench", "compile", "formats", "inspect", "run", "targets"))
+        assert all(f"\n  {name} " in out for name in main.commands)
     for parameter in (main.commands[command] if command else main).params:
         assert isinstance(parameter, click.Argument) or parameter.help, parameter.name

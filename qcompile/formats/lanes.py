@@ -167,9 +167,9 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
         return f"a weight of format '{format.kind}' is not a code times a scale"
     located = format.located(N, K)
     terms = format.terms(Names(**located))
-    kind = "int" if terms.code.dtype == "i32" else terms.code.dtype
-    if kind not in ("int", "f8e4m3", "f8e5m2") or (kind != "int" and terms.zero is not None):
-        return f"its codes are {kind} numbers"
+    kind = _code_kind(terms)
+    if refusal := _refusal(terms):
+        return refusal
     group, perm = format.group_size(N, K), None
     if group is None:
         perm = _order(packed, located["group"]) if "group" in located else None
@@ -178,8 +178,6 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     if group < SHORTEST:
         return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
     signed = kind == "int" and interval(terms.code)[0] < 0
-    if signed and terms.zero is not None and terms.zero.dtype != "i32":
-        return f"signed codes with {terms.zero.dtype} zeros"
     # Lanes hold codes from 0 on: signed ones and their zeros move up together.
     zero_expr = (const(0) if terms.zero is None else terms.zero) + 128 if signed else terms.zero
     scale, zero, offset = (
@@ -203,6 +201,46 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
     code = _at(packed, terms.code + 128 if signed else terms.code, columns)
     code = code if kind == "int" else code.view(torch.uint8)
     return Packed(layout, pack_lanes(layout, code, scale, zero, offset), N, K), perm
+
+
+def lanes_form(format: Format, N: int, K: int) -> Format | str:
+    """The layout that `lanes_for` gives a weight [N, K], or the reason why it gives none, from the format alone.
+
+    Zeros count as stored; stored groups count as runs of the format's own length. What has no group size at all is refused.
+    """
+    if isinstance(format, Lanes | LanesDense):
+        return format
+    if isinstance(format, Dense):
+        return LanesDense(format.dtype)
+    if not isinstance(format, Affine):
+        return f"a weight of format '{format.kind}' is not a code times a scale"
+    terms = format.terms(Names(**format.located(N, K)))
+    if refusal := _refusal(terms):
+        return refusal
+    sizes = (format.group_size(N, K), getattr(format, "group", None), getattr(format, "columns", None))
+    group = math.gcd(K, next((size for size in sizes if size), 1))
+    if group < SHORTEST:
+        return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
+    kind, zero, level = _code_kind(terms), terms.zero, None
+    low, high = interval(terms.code) if kind == "int" else (0, 255)
+    if zero is not None:
+        level = "f16" if zero.dtype == "i32" else zero.dtype
+    offset = None if terms.offset is None else terms.offset.dtype
+    return Lanes(high.bit_length() + (low < 0), group, terms.table, level, terms.scale.dtype, offset=offset, code=kind)
+
+
+def _code_kind(terms: Terms) -> str:
+    return "int" if terms.code.dtype == "i32" else terms.code.dtype
+
+
+def _refusal(terms: Terms) -> str:
+    """Why lanes have no such terms; empty when they do."""
+    kind, zero = _code_kind(terms), terms.zero
+    if kind not in ("int", "f8e4m3", "f8e5m2") or (kind != "int" and zero is not None):
+        return f"its codes are {kind} numbers"
+    if kind == "int" and interval(terms.code)[0] < 0 and zero is not None and zero.dtype != "i32":
+        return f"signed codes with {zero.dtype} zeros"
+    return ""
 
 
 def _at(packed: Packed, expr: Expr, columns: torch.Tensor) -> torch.Tensor:
