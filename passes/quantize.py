@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
+from qcompile import __version__
 from qcompile.artifact import Origin, TransformRecord, WeightRecord
 from qcompile.dtypes import NAMES
 from qcompile.errors import CheckpointError, InternalError
 from qcompile.evaluate import dequantize
 from qcompile.format import Packed, format_class, format_from_json
 from qcompile.formats.dense import Dense
-from qcompile.methods.base import Quantized, Skip
+from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import args_of, arguments, call, is_call, substitute, tensor_node, unused_name
 from qcompile.program import Module, Program
@@ -119,6 +120,9 @@ class Weights:
             return Skip("no quantization was asked for")
         if module.path not in self.modules:
             return Skip("a bare parameter, which belongs to no layer")
+        if module.parts and self.prequantized:  # the layers of all experts, which are alike
+            first, *_ = [self.decide(self.modules[path]) for path in module.parts]
+            return first
         if module.kind == "Experts" and not method.experts:
             stored = "the checkpoint stores its weight dense"
             return Skip(stored if self.prequantized else "the method does not convert fused experts")
@@ -139,7 +143,7 @@ class Weights:
         if isinstance(selected, Skip) or method is None or config is None:
             return _dense(self.program, module)
         if not self.prequantized:
-            return method.quantize(config, module, _float_weight(self.program, module))
+            return self._quantize(method, config, module, _float_weight(self.program, module))
         for name in (*selected.names.values(), *selected.also_claims):
             self.program.ledger.claim(name, module.weight)
         return method.read(config, module, selected, self.program.source)
@@ -149,7 +153,19 @@ class Weights:
         method, config = self.ctx.method, self.ctx.config
         assert method is not None and config is not None  # who else has chosen to quantize them
         weights = torch.split(_float_weight(self.program, module), module.n)
-        return [method.quantize(config, expert(module, e), weight) for e, weight in enumerate(weights)]
+        return [self._quantize(method, config, expert(module, e), weight) for e, weight in enumerate(weights)]
+
+    def _quantize(self, method: Method, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
+        """The float weight quantized, or what an earlier compile that was interrupted has made of it."""
+        stage = self.ctx.stage
+        if stage is None:
+            return method.quantize(config, module, weight)
+        key = stage.key(weight, [config.to_dict(), asdict(module), __version__])
+        packed = stage.get(key)
+        if packed is None:
+            packed = method.quantize(config, module, weight)
+            stage.put(key, packed)
+        return packed
 
 
 def expert(module: Module, number: int) -> Module:

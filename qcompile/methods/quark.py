@@ -11,11 +11,10 @@ import torch
 
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import CheckpointError, ConfigError
-from qcompile.formats.minifloat import E2M1, minifloats
 from qcompile.formats.quark import QuarkInt4
 from qcompile.methods import skip, stored
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
-from qcompile.methods.quark_spec import Spec, spec_of
+from qcompile.methods.quark_spec import Spec, codes, moved, spec_of, whole_layer
 from qcompile.transform import Applied
 from qcompile.transforms.round_int import RoundInt
 
@@ -236,13 +235,22 @@ class Quark(Method):
             for name, value in made.items()
             if name != "value" and name in (each.name for each in fmt.stored(module.n, module.k))
         }
-        fields["code"] = _codes(fmt, made["value"])
+        fields["code"] = codes(fmt, made["value"])
         if "zero" in fields:
-            fields["zero"] = fields["zero"].to(torch.int32) + _moved(fmt)
+            fields["zero"] = fields["zero"].to(torch.int32) + moved(fmt)
         packed = stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
         packed.before = _rounding(specs["input_tensors"], "input", {}, module.dtype)
         packed.after = _rounding(specs["output_tensors"], "output", {}, module.dtype)
         return packed
+
+    def stored_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
+        """The config with every key that quark reads, where the caller's had fewer."""
+        said = config.to_dict()
+        said["global_quant_config"] = whole_layer(said["global_quant_config"])
+        for name in ("layer_quant_config", "layer_type_quant_config"):
+            said[name] = {key: whole_layer(layer) for key, layer in (said[name] or {}).items()}
+        export = {"pack_method": "reorder", "weight_format": "real_quantized"} | (said["export"] or {})
+        return said | {"exclude": said["exclude"] or [], "export": export}
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         specs = cast(QuarkConfig, config).specs(module.path)
@@ -371,26 +379,3 @@ def _rounding(spec: Spec | None, prefix: str, static: Mapping[str, torch.Tensor]
     transform = spec.rounding(names.get("scale", ""), names.get("zero", ""), dtype if dtype in FLOATS else "f32")
     assert transform is not None  # `_supported` has looked
     return (Applied(transform, tensors),)
-
-
-def _moved(fmt: Format) -> int:
-    """What the format adds to signed codes and zero points."""
-    return 8 if isinstance(fmt, QuarkInt4) and fmt.signed else 0
-
-
-def _codes(fmt: Format, value: torch.Tensor) -> torch.Tensor:
-    """The codes of values: integers, 8-bit floats as they are, the places of smaller floats in their tables."""
-    if fmt.kind == "fp8":
-        return value
-    if fmt.kind not in ("fp4", "fp6"):
-        return value.to(torch.int32) + _moved(fmt)
-    entries = (
-        E2M1
-        if fmt.kind == "fp4"
-        else minifloats(2, 3, 1)
-        if fmt.to_json()["element"] == "e2m3"
-        else minifloats(3, 2, 3)
-    )
-    half = len(entries) // 2
-    place = torch.searchsorted(torch.tensor(entries[:half]), value.abs().float().contiguous())
-    return (place + half * (value < 0)).to(torch.int32)  # quark has no -0

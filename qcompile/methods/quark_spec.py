@@ -11,7 +11,7 @@ import torch
 from qcompile.errors import ConfigError
 from qcompile.format import Format
 from qcompile.formats.integer import Int8
-from qcompile.formats.minifloat import Fp4, Fp6, Fp8
+from qcompile.formats.minifloat import E2M1, Fp4, Fp6, Fp8, minifloats
 from qcompile.formats.quark import QuarkInt4
 from qcompile.transform import Transform
 from qcompile.transforms.round_float import RoundFloat, RoundMx
@@ -209,6 +209,51 @@ def spec_of(data: Any, where: str) -> Spec | None:
         bool(get("symmetric")), get("round_method") or "half_even", get("scale_format") or "",
         get("scale_calculation_mode") or "even", get("observer_cls") or "", get("scale_type") or "float",
     )  # fmt: skip
+
+
+def moved(fmt: Format) -> int:
+    """What the format adds to signed codes and zero points."""
+    return 8 if isinstance(fmt, QuarkInt4) and fmt.signed else 0
+
+
+def codes(fmt: Format, value: torch.Tensor) -> torch.Tensor:
+    """The codes of values: integers, 8-bit floats as they are, the places of smaller floats in their tables."""
+    if fmt.kind == "fp8":
+        return value
+    if fmt.kind not in ("fp4", "fp6"):
+        return value.to(torch.int32) + moved(fmt)
+    entries = (
+        E2M1
+        if fmt.kind == "fp4"
+        else minifloats(2, 3, 1)
+        if fmt.to_json()["element"] == "e2m3"
+        else minifloats(3, 2, 3)
+    )
+    half = len(entries) // 2
+    place = torch.searchsorted(torch.tensor(entries[:half]), value.abs().float().contiguous())
+    return (place + half * (value < 0)).to(torch.int32)  # quark has no -0
+
+
+def whole_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's config with every key that quark reads."""
+    parts = ("input_tensors", "output_tensors", "weight", "bias")
+    return {"target_device": None} | dict(layer) | {name: _whole_spec(layer.get(name)) for name in parts}
+
+
+def _whole_spec(data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    names = (
+        "ch_axis", "group_size", "block_size", "symmetric", "round_method", "scale_type", "scale_format",
+        "scale_calculation_mode", "mx_element_dtype",
+    )  # fmt: skip
+    if data.get("scale_format") == "e8m0":
+        observer = "PerBlockMXObserver"
+    else:
+        kinds = {"per_channel": "PerChannel", "per_group": "PerGroup", "per_block": "PerBlock2D"}
+        observer = f"{kinds.get(data['qscheme'], 'PerTensor')}MinMaxObserver"
+    default = dict.fromkeys(names) | {"is_dynamic": False, "zero_point_type": "int32", "observer_cls": observer}
+    return default | dict(data)
 
 
 def _refuse(where: str, found: str, expected: str, remedy: str = "") -> NoReturn:

@@ -7,18 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_models
 import torch
 import transformers
 from end_to_end_models import difference, tokens
-from in_memory import linear
+from in_memory import InMemory, linear
 from safetensors.torch import load_file, save_file
-from stored_modules import value
+from stored_modules import read, same_bits, value
 
 import qcompile
-from qcompile.methods.base import MethodConfig
-from qcompile.methods.fp8 import FineGrainedFp8Config
+from qcompile.errors import CheckpointError
+from qcompile.methods.base import MethodConfig, Skip
+from qcompile.methods.fp8 import FineGrainedFp8, FineGrainedFp8Config
 from qcompile.methods.index import method
+from qcompile.program import Module
 
 NAME = "qwen2-moe"
 
@@ -68,3 +71,27 @@ def test_experts_stored_one_by_one(tmp_path: Path) -> None:
 def test_experts_are_quantized_on_the_fly_as_they_are_stored(tmp_path: Path) -> None:
     stored = logits(written(tmp_path / "fp8", WHOLE))
     assert torch.equal(logits(tiny_models.decoder(NAME), WHOLE), stored)
+
+
+def test_experts_stored_together() -> None:
+    experts = Module("moe.experts.up", "Experts", 48, 96, "moe.experts.up", experts=3)
+    codes, scale = torch.randn(3, 48, 96).to(torch.float8_e4m3fn), torch.rand(3, 3, 6) + 0.5
+    source = InMemory({"moe.experts.up": codes, "moe.experts.up_scale_inv": scale})
+    packed = read(FineGrainedFp8(), WHOLE, experts, source)
+    wide = scale.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    assert torch.equal(value(packed), (codes.float() * wide).reshape(144, 96))
+    made = FineGrainedFp8().write(WHOLE, experts, packed)
+    assert same_bits({f"moe.experts.{name}": t for name, t in made.items()}, source.tensors)
+    dense = InMemory({"moe.experts.up": torch.zeros(3, 48, 96), "fc.weight": codes[0]})
+    assert FineGrainedFp8().select(WHOLE, experts, dense, {}) == Skip("the checkpoint stores its weight dense")
+    with pytest.raises(CheckpointError, match="a stored tensor has the wrong shape"):  # 48 rows are not whole blocks
+        read(FineGrainedFp8(), SHORT, experts, InMemory(source.tensors))
+
+
+def test_experts_that_transformers_does_not_convert() -> None:
+    turned = Module("moe.experts.up", "Experts", 64, 96, "moe.experts.up", experts=3, transposed=True)
+    config = replace(WHOLE, modules_to_not_convert=["moe.gate"])
+    floats = InMemory({"moe.experts.up": torch.zeros(3, 96, 64)})
+    assert FineGrainedFp8().select(config, turned, floats, {turned.path: turned}) == Skip(
+        "experts with biases, or stored as [K, N], are not converted by the method"
+    )

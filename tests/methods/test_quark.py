@@ -132,6 +132,48 @@ def test_an_older_config_and_what_has_no_effect() -> None:
     ]
 
 
+class Holder:
+    """Stands for quark's own config objects, which transformers' QuarkConfig holds."""
+
+    def __init__(self, said: dict[str, Any]):
+        self.__dict__.update(said)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def test_the_object_of_transformers() -> None:
+    said = {"global_quant_config": {"weight": spec()}, "exclude": ["lm_head"], "quant_method": "quark"}
+    held = {
+        "quant_config": Holder(said),
+        "json_export_config": Holder({"pack_method": "order"}),
+        "custom_mode": "quark",
+    }
+    found = parse_config(Holder(held | {"quant_method": "quark", "legacy": False}))
+    assert found is not None and isinstance(found[1], QuarkConfig)
+    assert found[1] == replace(config(exclude=["lm_head"], export={"pack_method": "order"}), unused=found[1].unused,
+                               global_quant_config={"weight": spec()})  # fmt: skip
+
+
+def test_what_is_written_has_every_key_that_quark_reads() -> None:
+    short = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+    said = Quark().stored_config(
+        config(short, layer_quant_config={"a": {"weight": spec("fp4", "per_group", **MX)}}), {}
+    )
+    assert said["exclude"] == [] and said["layer_type_quant_config"] == {}
+    assert said["export"] == {"pack_method": "reorder", "weight_format": "real_quantized"}
+    weight = said["global_quant_config"]["weight"]
+    assert weight["observer_cls"] == "PerTensorMinMaxObserver" and weight["group_size"] is None
+    assert said["layer_quant_config"]["a"]["input_tensors"] is None
+    written, plain = QuarkConfig.from_dict(said).specs("x"), config(short).specs("x")
+    assert isinstance(written, dict) and isinstance(plain, dict)
+    assert (
+        written["weight"]
+        and plain["weight"]
+        and written["weight"] == replace(plain["weight"], observer=weight["observer_cls"])
+    )
+
+
 WRONG: list[tuple[dict[str, Any], str, str, str]] = [
     ({"weight": spec("int5")}, "field global_quant_config, 'weight', 'dtype'", "'int5'", "int4, uint4, int8, uint8, fp8_e4m3"),
     ({"weight": spec(is_dynamic=None)}, "field global_quant_config, 'weight', 'is_dynamic'", "None", "a value, which int8 needs"),
@@ -215,12 +257,6 @@ def test_scales_are_computed_in_the_models_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(packed.tensors["weight"].float(), codes)
     wide = Quark().quantize(config(spec(scale_type="float32")), module, weight)
     assert wide.tensors["scale"].dtype == torch.float32
-
-
-def test_an_asymmetric_row_keeps_its_zero() -> None:
-    packed = Quark().quantize(config(spec("uint4", "per_group", symmetric=False)), FC, sample())
-    row, part = value(packed), sample()[2, :16]
-    assert not row[0].any() and (row[2, :16] - part).abs().max() <= part.max() / 30 + 1e-6
 
 
 # Activations
