@@ -56,7 +56,10 @@ class AutoRoundConfig(MethodConfig):
     steering: ClassVar[Mapping[str, str]] = {
         "backend": "kernels are generated: no other package's kernel is chosen",
     }
-    foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(AUTO_ROUND, "")
+    foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (*AUTO_ROUND, "layer_config", "regex_config", "quant_block_list", "supported_types", "low_cpu_mem_usage",
+         "static_kv_dtype", "static_attention_dtype", "enable_alg_ext", "disable_opt_rtn", "model_dtype"), "",
+    )  # fmt: skip
 
     bits: int = 4
     group_size: int = 128

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 SIDECAR = "model.safetensors.index.json.meta.json"
 WIDTHS = (8, 6, 5, 4, 3, 2, 1)
 PACKING = {8: "8bit_u8", 6: "6bit_32", 5: "5bit_32", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-# A method of the config -> what the package calls it; "asinq" needs data. The others are the package's own names.
+# What the package calls the two methods of transformers' configs, and the parts of which its own names are made.
 STORED_AS = {"sinq": "sinq_quantAux", "asinq": "sinq_awq_l1_quantAux"}
-METHODS = ("sinq", "asinq", "sinq_nf4", "sinq_nf3", "sinq_noz", "rtn", "rtn_nf4", "rtn_nf3")
+PARTS = ("sinq", "rtn", "dual", "hqq", "awq", "l1", "l2", "nf4", "nf3", "noz", "quantaux", "nogemlite")
 LEAST = 16  # columns of a tile that the package still takes
 # The format's name of a stored number -> the checkpoint's.
 NAMES = {f"{name}_{part}": f"meta.{name}.{part}" for name in ("scale", "zero") for part in "xsm"}
@@ -38,8 +38,9 @@ class SinqConfig(MethodConfig):
     """The fields of transformers' SinqConfig, with `algorithm` for what it calls "method".
 
     `nbits` 1 to 6 or 8; `group_size` columns to a tile, halved where it does not divide the inputs ("1D": a tile has all
-    outputs; "2D": it is square, and divides both). `algorithm` "sinq"; "asinq" is read only; the package's own names without
-    8-bit scales ("sinq_nf4", "sinq_nf3", "sinq_noz", "rtn") work too. No list of `modules_to_not_convert` is an empty one.
+    outputs; "2D": it is square, and divides both). `algorithm` "sinq"; "asinq" is read only; or one of the package's own names,
+    which say whether scales have 8 bits ("sinq_nf4", "sinq_noz_quantAux", "rtn"); those with "awq" or "hqq" are read only.
+    No list of `modules_to_not_convert` is an empty one.
     """
 
     method: ClassVar[str] = "sinq"
@@ -67,10 +68,12 @@ class SinqConfig(MethodConfig):
         group = self.group_size
         self.require(type(group) is int and group > 0 and group % 8 == 0, "group_size", "a multiple of 8")
         self.require(self.tiling_mode in ("1D", "2D"), "tiling_mode", "'1D' or '2D'")
-        self.require(self.algorithm in METHODS, "algorithm", ", ".join(METHODS))
-        wide = {"nf4": 4, "nf3": 3}.get(self.algorithm[-3:], self.nbits)
+        parts = self.algorithm.split("_")
+        known = self.algorithm in STORED_AS or all(part in PARTS for part in parts)
+        self.require(known, "algorithm", f"sinq, asinq, or parts joined by _: {', '.join(PARTS)}")
+        wide = 4 if "nf4" in parts else 3 if "nf3" in parts else self.nbits
         self.require(self.nbits == wide, "nbits", f"{wide}, the bits of {self.algorithm}")
-        self.require(self.algorithm != "sinq_noz" or self.nbits > 2, "nbits", "3 or more for sinq_noz")
+        self.require("noz" not in parts or self.nbits > 2, "nbits", f"3 or more for {self.algorithm}")
         self.require_patterns("modules_to_not_convert")
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class SinqConfig(MethodConfig):
     @property
     def stored_as(self) -> str:
         """What the package calls the algorithm in a checkpoint."""
-        return STORED_AS.get(self.algorithm, self.algorithm)
+        return STORED_AS.get(self.algorithm, self.algorithm.replace("quantaux", "quantAux"))
 
 
 class Sinq(Method):
@@ -116,13 +119,14 @@ class Sinq(Method):
         from qcompile.formats.sinq import Sinq as SinqFormat
         from qcompile.formats.sinq import SinqSquare
 
-        if config.algorithm == "asinq":
+        name = config.stored_as
+        if "awq" in name or "hqq" in name:
             raise ConfigError(
-                "asinq needs activations, and cannot quantize on the fly",
+                f"{config.algorithm} cannot quantize on the fly",
                 where="field 'method'",
-                found="'asinq'",
-                expected="'sinq', or a checkpoint that was quantized with asinq",
-                remedy="quantize with the sinq package, or choose the method 'sinq'",
+                found=repr(config.algorithm),
+                expected="'sinq', or a checkpoint that was quantized with it",
+                remedy="quantize with the sinq package and activations, or choose the method 'sinq'",
             )
         group, whole = config.group_size, config.tiling_mode == "1D"
         while whole and group >= LEAST and module.k % group:
@@ -135,9 +139,8 @@ class Sinq(Method):
                 expected=f"a multiple of {LEAST} or more of the group halved",
                 remedy="leave the module dense by modules_to_not_convert",
             )
-        name = config.stored_as
         kind = SinqFormat if whole else SinqSquare
-        table = name[-3:] if name.endswith(("nf4", "nf3")) else ""
+        table = "nf4" if "nf4" in name else "nf3" if "nf3" in name else ""
         zero = float((2**config.nbits - 1) // 2) if "noz" in name else None
         fmt = kind(config.nbits, group, "quantAux" in name, cast(Any, table), zero)
         stored.legal(fmt, module, self.name)

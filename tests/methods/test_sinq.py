@@ -90,7 +90,11 @@ def test_the_fields_are_those_of_transformers() -> None:
         ({"nbits": 7}, "nbits", "8, 6, 5, 4, 3, 2, 1"),
         ({"group_size": 20}, "group_size", "a multiple of 8"),
         ({"tiling_mode": "3D"}, "tiling_mode", "'1D' or '2D'"),
-        ({"algorithm": "dual"}, "algorithm", "sinq, asinq, sinq_nf4, sinq_nf3, sinq_noz, rtn, rtn_nf4, rtn_nf3"),
+        (
+            {"algorithm": "sink"},
+            "algorithm",
+            "sinq, asinq, or parts joined by _: sinq, rtn, dual, hqq, awq, l1, l2, nf4, nf3, noz, quantaux, nogemlite",
+        ),
         ({"algorithm": "sinq_nf4", "nbits": 3}, "nbits", "4, the bits of sinq_nf4"),
     ],
 )
@@ -112,9 +116,9 @@ def test_asinq_is_not_made_on_the_fly() -> None:
     with pytest.raises(ConfigError) as error:
         METHOD.select(SinqConfig(algorithm="asinq"), MODULE, InMemory({"fc.weight": sample()}), {"fc": MODULE})
     assert str(error.value) == (
-        "asinq needs activations, and cannot quantize on the fly\n  where:    field 'method'\n  found:    'asinq'\n"
-        "  expected: 'sinq', or a checkpoint that was quantized with asinq\n"
-        "  try:      quantize with the sinq package, or choose the method 'sinq'"
+        "asinq cannot quantize on the fly\n  where:    field 'method'\n  found:    'asinq'\n"
+        "  expected: 'sinq', or a checkpoint that was quantized with it\n"
+        "  try:      quantize with the sinq package and activations, or choose the method 'sinq'"
     )
 
 
@@ -150,6 +154,8 @@ CONFIGS = [
     *(SinqConfig(4, 32, mode, f"{name}_nf4") for mode in ("1D", "2D") for name in ("sinq", "rtn")),
     SinqConfig(3, 64, "1D", "sinq_nf3"),
     *(SinqConfig(nbits, 64, mode, "sinq_noz") for nbits in (4, 3) for mode in ("1D", "2D")),
+    SinqConfig(4, 64, "1D", "sinq_nf4_quantaux"),
+    SinqConfig(4, 64, "2D", "sinq_noz_quantaux"),
 ]
 
 
