@@ -201,6 +201,21 @@ def test_a_rounding_is_its_formula(transform: Transform, tensors, formula) -> No
     assert torch.equal(graph(longer, *tensors.values()), formula(longer))
 
 
+def test_scales_of_heads() -> None:
+    """Keys [B, heads, S, D]: one scale for each head of a sequence, or a stored one for each head."""
+    x = rows(2, 3, 4, 16)
+    s = x.abs().amax((2, 3), keepdim=True) / 448
+    assert torch.equal(RoundFloat(per="head").apply(x, {}), e4m3(x / s) * s)
+    stored = torch.tensor([0.01, 0.1, 0.02]).reshape(3, 1, 1)
+    static = Applied(RoundFloat(per="tensor", scale="f32", heads=3), {"scale": stored})
+    static.check(16)
+    assert torch.equal(static(x), e4m3(x / stored) * stored)
+    zero = torch.tensor([1, -3, 0], dtype=torch.int8).reshape(3, 1, 1)
+    codes = torch.round(x / stored + zero).clamp(-128, 127)
+    whole = Applied(RoundInt(per="tensor", scale="f32", zero="i8", heads=3), {"scale": stored, "zero": zero})
+    assert torch.equal(whole(x), (codes - zero) * stored)
+
+
 def test_arithmetic_of_16_bits_rounds_each_step() -> None:
     x = rows(2, 5, 64)
     half = x.bfloat16()

@@ -33,7 +33,8 @@ class CompressedTensors(Method):
 
     Weights are decoded with the roundings of the package, in the dtype of their scales (bfloat16 for 4-bit floats).
     Activations are rounded in float32, where the package computes in the model's dtype: for a bfloat16 model single
-    codes differ. Sparse layouts and marlin-24 are read into their dense ones.
+    codes differ (a layer's output by about 1e-2 of its norm). "token" means each row here; the package takes one scale
+    for the whole call where the input has two dimensions only. Sparse layouts and marlin-24 are read into dense ones.
     """
 
     name = "compressed-tensors"
