@@ -197,9 +197,8 @@ class FineGrainedFp8(Method):
             return {"weight": weight, "weight_scale": scale.reshape(1)}
         weight = weight.view(torch.int8) if packed.format.kind == "fp4" else weight
         if module.kind == "Experts":
-            inner = module.weight.rpartition(".")[2]
             one, blocks = (_whole(module, each.shape) for each in packed.format.stored(module.n, module.k))
-            return {inner: weight.reshape(one), f"{inner}_scale_inv": scale.reshape(blocks)}
+            return {"": weight.reshape(one), "_scale_inv": scale.reshape(blocks)}
         whole = config.weight_block_size is None and packed.format.kind == "fp8"
         made = {"weight": weight, "weight_scale_inv": scale.reshape(()) if whole else scale}
         if config.activation_scheme == "static":  # the original's layers have one even where they do not use it

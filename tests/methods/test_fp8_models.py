@@ -81,7 +81,7 @@ def test_experts_stored_together() -> None:
     wide = scale.repeat_interleave(16, 1).repeat_interleave(16, 2)
     assert torch.equal(value(packed), (codes.float() * wide).reshape(144, 96))
     made = FineGrainedFp8().write(WHOLE, experts, packed)
-    assert same_bits({f"moe.experts.{name}": t for name, t in made.items()}, source.tensors)
+    assert same_bits({f"moe.experts.up{name}": t for name, t in made.items()}, source.tensors)
     dense = InMemory({"moe.experts.up": torch.zeros(3, 48, 96), "fc.weight": codes[0]})
     assert FineGrainedFp8().select(WHOLE, experts, dense, {}) == Skip("the checkpoint stores its weight dense")
     with pytest.raises(CheckpointError, match="a stored tensor has the wrong shape"):  # 48 rows are not whole blocks
