@@ -20,6 +20,7 @@ from qcompile.show import show
 
 if TYPE_CHECKING:
     from qcompile.methods.base import Method, MethodConfig
+    from qcompile.staging import Stage
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Context:
     `fuel` is the number of rewrites still allowed (None: no limit); lowering it until a fault goes away finds the guilty
     rewrite. Text of the graph after each pass named in `keep` (all of them, when it holds "*") is kept in `snapshots`, and
     given to `show` as (pass, text) when the pass changed something. `progress` is called with a pass name and what is
-    being worked on. `reproducers` is the folder for reproducers (a temporary one by default).
+    being worked on. `reproducers` is the folder for reproducers (a temporary one by default). `stage` keeps what is quantized
+    on disk.
     """
 
     report: Report
@@ -42,6 +44,7 @@ class Context:
     show: Callable[[str, str], None] | None = None
     progress: Callable[[str, str], None] | None = None
     reproducers: Path | None = None
+    stage: Stage | None = None
 
     def take(self) -> bool:
         """True when one more rewrite is allowed; it is then used up."""

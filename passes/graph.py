@@ -162,7 +162,7 @@ def set_tensor(program: Program, name: str, tensor: torch.Tensor) -> None:
     program.tensors[name] = tensor
     for node in program.graph.graph.nodes:
         if node.op == "get_attr" and node.meta.get("tensor") == name:
-            program.graph.register_buffer(node.target, tensor)
+            program.graph.register_buffer(node.target, program.tensors[name])
             node.meta.pop("val", None)
 
 

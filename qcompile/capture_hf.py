@@ -306,12 +306,29 @@ def build(folder: Path, raw: Mapping[str, Any]) -> nn.Module:
     return instantiate(architecture(config, raw, str(folder / "config.json")), config)
 
 
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Parameters of modules that are made meanwhile go to the meta device as soon as they are registered."""
+    register = nn.Module.register_parameter
+
+    def forget(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = forget  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def instantiate(cls: Any, config: Any) -> nn.Module:
     """A hollow model of class `cls`, made without initialising any weight."""
     from transformers.initialization import no_init_weights
 
     try:
-        with _quiet(), no_init_weights(), torch.no_grad():
+        with _quiet(), no_init_weights(), _without_memory(), torch.no_grad():
             model = cls._from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager")
             model.tie_weights()
     except Exception as error:

@@ -153,11 +153,13 @@ def read_header(path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
 class SafetensorsFolder:
     """The tensors of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
-    Headers are read and checked on creation; `read` maps the file and copies nothing. CheckpointError when a file is
-    missing, damaged, lies outside the folder, or two shards hold the same tensor.
+    Headers are read and checked on creation; `read` maps the file and copies nothing, unless `mapped` is False: then it
+    gives a copy, and nothing of the file stays in the process. CheckpointError when a file is missing, damaged, lies
+    outside the folder, or two shards hold the same tensor.
     """
 
     path: Path
+    mapped: bool = True
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -224,6 +226,12 @@ class SafetensorsFolder:
         stored = self._stored(name)
         if stored.begin == stored.end:
             return torch.empty(stored.shape, dtype=stored.dtype)
+        if not self.mapped:
+            copy = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+            with stored.path.open("rb") as file:
+                file.seek(stored.begin)
+                file.readinto(copy.numpy().data)
+            return copy.view(stored.dtype).reshape(stored.shape)
         if stored.path not in self._maps:
             with stored.path.open("rb") as file:
                 # A private map: torch wants writable memory, and what is written must never reach the file.
@@ -314,6 +322,15 @@ class Renamed:
 
     def describe(self) -> str:
         return self.source.describe()
+
+
+def unmap(source: TensorSource) -> None:
+    """Makes a folder of safetensors, which may be seen through other sources, give copies instead of mapped memory."""
+    inner: Any = source
+    while inner is not None and not isinstance(inner, SafetensorsFolder):
+        inner = getattr(inner, "source", None)
+    if inner is not None:
+        inner.mapped = False
 
 
 @dataclass
