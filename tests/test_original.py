@@ -16,13 +16,6 @@ from qcompile.formats.gptq import Gptq
 from qcompile.formats.integer import Int8
 from qcompile.formats.lanes import lanes_for
 from qcompile.original import beside, lost, original
-    "gguf-q6_k",
-    "gguf-q2_k",
-    "gguf-q3_k",
-    "gguf-q4_k",
-    "gguf-q5_k",
-    "gguf-iq4_xs",
-}  # codes beside their scales
 
 
 def laid_out(packed: Packed) -> tuple[WeightRecord, dict[str, torch.Tensor]] | None:
@@ -50,7 +43,7 @@ def test_a_weight_gets_its_format_back(format: Format, N: int, K: int) -> None:
     made = laid_out(packed)
     if made is None:
         return
-    if lost(format, N, K):  # codes and scales of scales share a tensor
+    if format.kind != "dense" and lost(format, N, K):  # codes and scales of scales share a tensor
         with pytest.raises(ConfigError, match="has not kept all that the format stores"):
             original(*made)
         return
