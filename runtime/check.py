@@ -262,10 +262,10 @@ def check_artifact(artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> N
     for path, record in artifact.weights.items():
         _record(path, record, tensors)
     for path, mixture in artifact.mixtures.items():
-        found = [artifact.weights[part].rows for part in mixture.parts if part in artifact.weights]
-        if len(found) != len(mixture.parts) or mixture.experts < 1 or not found or sum(found) % mixture.experts:
+        rows = [artifact.weights[part].rows for part in mixture.parts if part in artifact.weights]
+        if len(rows) != len(mixture.parts) or mixture.experts < 1 or not rows or sum(rows) % mixture.experts:
             raise _fail(
-                "the parts of a mixture of experts are not sound", path, found, f"rows of {mixture.experts} experts"
+                "the parts of a mixture of experts are not sound", path, rows, f"those of {mixture.experts} experts"
             )
     for name, (least, most) in artifact.sizes.items():
         if not 0 <= least <= most:

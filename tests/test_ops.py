@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from qcompile.evaluate import dequantize
+from qcompile.experts import ExpertsSpec
 from qcompile.formats.dense import Dense
 from qcompile.formats.gguf import Q4_1, Q8_0
 from qcompile.ops import ACTIVATIONS, LinearSpec, Part, round_activations
@@ -228,6 +229,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "embedding": (torch.tensor([[1, 2], [4, 4]]), [blocks(Q8_0(), 5, 64)], Q8, 5, 64),
     "linear": (random(2, 3, 64), [blocks(Q8_0(), 4, 64)], [random(4)], spec_of([(Q8_0(), 4, [Q8])], 64, bias=True)[0]),
     "attention": (random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 2, 6, 5), 0.3, True, 2, 1.0, random(4)),
+    "experts_linear": (random(3, 8), torch.tensor([1, 0, 1]), random(2, 8, 5), random(2, 5), True),
+    "experts": (
+        *(random(3, 64), torch.tensor([1, 0, 1]), [blocks(Q8_0(), 8, 64)], random(2, 4)),
+        ExpertsSpec(2, 4, 64, (Part(Q8_0().to_json(), 8, 1),)).to_text(),
+    ),
+    "transform": (random(2, 3, 8), [random(8)], '{"kind": "scale"}'),
     "rope": (random(2, 3, 5, 8), random(2, 5, 6), random(2, 5, 6)),
     "rms_norm": (random(2, 3, 8), random(8), 1e-5, 1.0),
     "cached_attention": (
