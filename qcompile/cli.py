@@ -6,7 +6,10 @@ Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 an erro
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +70,26 @@ def _progress(show: bool) -> Iterator[Callable[[str, str], None] | None]:
         yield lambda stage, on: progress.update(task, description=f"{stage}  {on}")
 
 
+def _bytes(text: str) -> int:
+    """Bytes from "2GB", "512MiB" or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size, such as 2GB or 512MiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))
+
+
+@contextmanager
+def _spill_folder(max_memory: int | None, output: Path) -> Iterator[Path | None]:
+    """A folder for large tensors on the disk of the output (a temporary folder may be memory itself), if it is needed."""
+    if max_memory is None:
+        yield None
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        yield Path(folder)
+
+
 @main.command("compile")
 @click.argument("model")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The artifact folder to write.")
@@ -80,10 +103,18 @@ def _progress(show: bool) -> Iterator[Callable[[str, str], None] | None]:
 @click.option(
     "--print-after", "print_after", multiple=True, metavar="PASS", help="Print the graph after this pass (* is all)."
 )
+@click.option(
+    "--max-memory", callback=lambda _, __, text: text and _bytes(text), metavar="SIZE",
+    help="Tensors in memory at a time, such as 2GB; the others lie in files beside the output (or in --work).",
+)  # fmt: skip
+@click.option(
+    "--work", type=click.Path(path_type=Path),
+    help="Folder for what is made of float weights: started again with it, an interrupted compile goes on. Gone at the end.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def compile_command(
     model: str, output: Path, config: str | None, target: str, accuracy: Accuracy, strict: bool,
-    print_after: tuple[str, ...], as_json: bool,
+    print_after: tuple[str, ...], max_memory: int | None, work: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile MODEL: a Hugging Face folder or hub id, or a .gguf file."""
     import qcompile
@@ -91,12 +122,14 @@ def compile_command(
     def show(name: str, text: str) -> None:
         click.echo(f"# after {name}\n{text}", err=as_json)
 
-    with _progress(not as_json) as progress:
+    with _progress(not as_json) as progress, _spill_folder(max_memory, output) as spill:
         compiled = qcompile.compile(
-            model, _config(config), target=target, accuracy=accuracy, strict=strict,
-            print_after=print_after, show=show, progress=progress,
+            model, _config(config), target=target, accuracy=accuracy, strict=strict, work=work,
+            max_memory=max_memory, spill=spill, print_after=print_after, show=show, progress=progress,
         )  # fmt: skip
         compiled.save(output)
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
     click.echo(json.dumps(compiled.report.to_json(), indent=1) if as_json else str(compiled.report))
 
 

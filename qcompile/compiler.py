@@ -49,6 +49,7 @@ def compile(
     threads: int | None = None,
     work: str | os.PathLike[str] | None = None,
     max_memory: int | None = None,
+    spill: str | os.PathLike[str] | None = None,
     fuel: int | None = None,
     print_after: Collection[str] = (),
     show: Callable[[str, str], None] | None = None,
@@ -66,8 +67,8 @@ def compile(
     in the report. `threads` is how many processors a CPU target uses when it runs here (None: all that the process may use).
     `work` is a folder that holds what is made of float weights: a compile that was interrupted and is started again with it
     goes on where it stopped. `max_memory` bounds the bytes of tensors that are in memory at a time, on top of the process
-    itself (about 0.5 GB): large tensors lie in files, in `work` or a temporary folder; ConfigError when a single weight
-    needs more.
+    itself (about 0.5 GB): large tensors lie in files of the folder `spill` (the system's temporary one without it), which
+    nobody else sees and which go with the model; ConfigError when a single weight needs more.
     `show(pass, text)` gets the graph's text after the passes named in `print_after` ("*" is all) that changed it;
     `progress(stage, on)` hears what is being worked on; `fuel` bounds the number of rewrites, to find one that is wrong.
 
@@ -86,11 +87,19 @@ def compile(
     backend: Backend = CpuBackend(accuracy) if place.backend == "cpu" else ReferenceBackend()
     stage = None if work is None else Stage(Path(work))
     ctx = Context(
-        report, backend, method, parsed, fuel, frozenset("*"), show=_only(print_after, show), progress=progress, stage=stage
+        report,
+        backend,
+        method,
+        parsed,
+        fuel,
+        frozenset("*"),
+        show=_only(print_after, show),
+        progress=progress,
+        stage=stage,
     )
     check(program, ctx)
     if max_memory is not None:
-        _spill(program, max_memory, work)
+        _spill(program, max_memory, spill)
     run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
     if method is not None and program.quantization_config is None and fuel is None:
         _has_effect(report)
@@ -127,7 +136,7 @@ def compile(
     )
 
 
-def _spill(program: Program, max_memory: int, work: str | os.PathLike[str] | None) -> None:
+def _spill(program: Program, max_memory: int, folder: str | os.PathLike[str] | None) -> None:
     """Keeps the program's large tensors in files from now on; ConfigError when its largest weight does not fit."""
     most = max((module.n * module.k for module in program.modules.values()), default=0) * BYTES_AT_WORK
     if max_memory < most:
@@ -138,9 +147,7 @@ def _spill(program: Program, max_memory: int, work: str | os.PathLike[str] | Non
             expected=f"{most} bytes or more",
             remedy="allow more: a weight is quantized and laid out as a whole",
         )
-    folder = Path(tempfile.gettempdir() if work is None else work)
-    folder.mkdir(parents=True, exist_ok=True)
-    program.tensors = Spilled(folder, program.tensors)
+    program.tensors = Spilled(Path(tempfile.gettempdir() if folder is None else folder), program.tensors)
     unmap(program.source)
 
 

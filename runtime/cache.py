@@ -83,7 +83,8 @@ def _read(path: Path) -> Built | None:
     """A cached kernel; None where there is none, or (with a warning) one that is damaged, which is removed."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_ENTRY + 1)
+            # A buffer for the largest entry would be allocated whole.
+            data = file.read(min(os.fstat(file.fileno()).st_size, MAX_ENTRY) + 1)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -1,0 +1,141 @@
+"""Compiling in little memory, and going on after an interruption."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qcompile
+from qcompile.cli import _bytes
+from qcompile.errors import ConfigError
+from qcompile.format import Packed
+from qcompile.formats.dense import Dense
+from qcompile.methods.gptq import Gptq
+from qcompile.staging import Spilled, Stage
+from qcompile.transform import Applied
+from qcompile.transforms.linear import Scale
+
+CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+
+# A compile of everything first, so that all libraries are loaded; then the limit on what a process may write to.
+LIMITED = """
+import resource, sys
+import qcompile
+
+small, large, out, work, extra, most = sys.argv[1:]
+config = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+qcompile.compile(small, config, target="reference").save(out + ".small")
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+limit = int(status["VmData"].split()[0]) * 1024 + int(extra)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+bound = {"max_memory": int(most), "spill": work} if most != "0" else {}
+qcompile.compile(large, config, target="reference", **bound).save(out)
+"""
+
+
+def llama(folder: Path, hidden: int, layers: int) -> int:
+    """A Llama with random weights; the bytes of its file."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's RLIMIT_DATA")
+def test_a_model_several_times_the_memory_allowed(tmp_path: Path) -> None:
+    allowed = 60_000_000
+    llama(tmp_path / "small", 128, 1)
+    assert llama(tmp_path / "large", 512, 11) > 3 * allowed
+    (tmp_path / "work").mkdir()
+
+    def run(most: int) -> subprocess.CompletedProcess[str]:
+        paths = [str(tmp_path / name) for name in ("small", "large", f"out{most}", "work")]
+        args = [sys.executable, "-c", LIMITED, *paths, str(allowed), str(most)]
+        return subprocess.run(args, capture_output=True, text=True, check=False)
+
+    done = run(30_000_000)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list((tmp_path / "work").iterdir())
+    assert run(0).returncode != 0  # so the limit is one
+    plain = qcompile.compile(tmp_path / "large", CONFIG, target="reference")
+    plain.save(tmp_path / "plain")
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("plain", "out30000000")]
+    assert weights[0] == weights[1]
+
+
+def test_a_weight_that_does_not_fit_is_an_error_before_any_work(tmp_path: Path) -> None:
+    llama(tmp_path / "model", 128, 1)
+    with pytest.raises(ConfigError) as error:
+        qcompile.compile(tmp_path / "model", CONFIG, target="reference", max_memory=1000)
+    assert str(error.value) == (
+        "the largest weight does not fit in the memory allowed\n  where:    max_memory\n  found:    1000 bytes\n"
+        "  expected: 1572864 bytes or more\n  try:      allow more: a weight is quantized and laid out as a whole"
+    )
+
+
+def test_an_interrupted_compile_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama(tmp_path / "model", 64, 2)
+    made: list[str] = []
+    quantize = Gptq.quantize
+
+    def counted(self: Gptq, config: Any, module: Any, weight: torch.Tensor) -> Packed:
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        made.append(module.path)
+        return quantize(self, config, module, weight)
+
+    monkeypatch.setattr(Gptq, "quantize", counted)
+    compile_: Callable[[], Any] = lambda: qcompile.compile(  # noqa: E731
+        tmp_path / "model", CONFIG, target="reference", work=tmp_path / "work"
+    )
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        compile_()
+    stop = 100
+    (tmp_path / "work" / "half-written.half").write_bytes(b"torn")
+    torn = sorted((tmp_path / "work").glob("*.safetensors"))[0]
+    torn.write_bytes(torn.read_bytes()[:100])  # made again
+    first = list(made)
+    compile_().save(tmp_path / "resumed")
+    assert len(made) == 14 + 1 and first == made[:5]
+    qcompile.compile(tmp_path / "model", CONFIG, target="reference").save(tmp_path / "plain")
+    for name in ("weights.safetensors", "program.json", "graph.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_what_is_staged_comes_back(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    scale = Applied(Scale(), {"scale": torch.rand(6)})
+    packed = Packed(Dense("f16"), {"weight": torch.rand(4, 6).half()}, 4, 6, (scale,), bias=torch.rand(4))
+    key = stage.key(torch.rand(4, 6), {"bits": 4})
+    assert stage.get(key) is None
+    stage.put(key, packed)
+    found = stage.get(key)
+    assert found is not None and found.format == packed.format and found.bias is not None
+    assert torch.equal(found.tensors["weight"], packed.tensors["weight"]) and torch.equal(found.bias, packed.bias)
+    assert torch.equal(found.before[0].tensors["scale"], scale.tensors["scale"])
+    assert stage.key(torch.rand(4, 6), {"bits": 4}) != key != stage.key(torch.rand(4, 6), {"bits": 3})
+
+
+def test_spilled_tensors_are_equal_and_leave_no_file(tmp_path: Path) -> None:
+    large, small = torch.randn(200, 300, dtype=torch.bfloat16), torch.arange(3)
+    held = Spilled(tmp_path, {"small": small})
+    held["large"] = large
+    assert torch.equal(held["large"], large) and held["large"].dtype == large.dtype
+    assert held["large"].data_ptr() != large.data_ptr() and held["small"] is small
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("text", "size"), [("2GB", 2 * 10**9), ("1.5 MiB", 1572864), ("77", 77), ("4k", 4000)])
+def test_sizes_on_the_command_line(text: str, size: int) -> None:
+    assert _bytes(text) == size
