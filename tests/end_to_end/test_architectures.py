@@ -41,7 +41,7 @@ def rounding(model: Any, q: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("name", "method"), CASES, ids="-".join)
+@pytest.mark.parametrize(("name", "method"), CASES)
 @torch.no_grad()
 def test_an_architecture(name: str, method: str) -> None:
     model = model_of(name)
