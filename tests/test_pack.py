@@ -10,15 +10,9 @@ from qcompile.dtypes import DTYPES
 from qcompile.errors import ConfigError
 from qcompile.evaluate import dequantize
 from qcompile.format import FORMATS, Format, format_class
-from qcompile.formats.awq import Awq
-from qcompile.formats.bitsandbytes import Bnb4
-from qcompile.formats.dense import Dense
-from qcompile.formats.gguf import Q4_0, Q8_0
+from qcompile.formats.gguf import Q4_0
 from qcompile.formats.gptq import Gptq
-from qcompile.formats.hqq import Hqq
-from qcompile.formats.lanes import Lanes
 from qcompile.pack import pack, unpack
-from qcompile.repack import repack
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
