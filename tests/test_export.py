@@ -79,7 +79,7 @@ def test_the_files_are_those_of_the_package(name: str, tmp_path: Path) -> None:
     ids=["nf4", "int8", "storage"],
 )
 def test_bitsandbytes_loads_what_was_quantized_here(config: dict[str, object], tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     sizes = tiny_models.GROUPED | {"intermediate_size": 128}  # its CPU kernels want whole blocks in a row
@@ -89,10 +89,14 @@ def test_bitsandbytes_loads_what_was_quantized_here(config: dict[str, object], t
     compiled.export_checkpoint(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu")
     assert type(theirs.model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
+    if "load_in_4bit" in config:
+        weight = theirs.model.layers[0].mlp.up_proj.weight
+        decoded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(decoded.float(), compiled.weight("model.layers.0.mlp.up_proj"))
     with torch.no_grad():
         expected, found = theirs(IDS).logits, compiled(input_ids=IDS).logits
-    bound = 2e-2 if "load_in_8bit" in config else 1e-5  # x is rounded to int8 in both: single codes flip
-    assert (found - expected).norm() / expected.norm() < bound
+    # x is rounded to int8 in both, so that single codes flip; the 4-bit CPU kernel computes in bfloat16.
+    assert (found - expected).norm() / expected.norm() < 2e-2
 
 
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
