@@ -67,6 +67,7 @@ class TernaryMethod(Method):
     """quant_method "ternary-rows"."""
 
     name = "ternary-rows"
+    source = "examples/add_a_method.py"
     Config = TernaryConfig
     formats = ("ternary-rows",)
 

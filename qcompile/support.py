@@ -1,11 +1,13 @@
 """Which weight formats there are, what they cost, and which kernels read them, measured from the registries.
 
-`python -m qcompile.support` prints the table; with `--write README.md` it replaces the one between the file's markers.
+`python -m qcompile.support` prints the table; with `--write README.md` it replaces the one between the file's markers, and
+with `--methods docs/methods.md` it writes the page of methods.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +104,41 @@ def with_table(text: str) -> str:
     return f"{before}{START}\n{markdown(rows())}\n{END}{after}"
 
 
+def methods_page() -> str:
+    """What every method is, from its own words: the page docs/methods.md."""
+    lines = [
+        "# Methods",
+        "",
+        "Every `quant_method` of transformers, from the docstrings of `qcompile/methods/`: `python -m qcompile.support --methods",
+        "docs/methods.md`. Weights are those of the original package bit for bit, and activations are computed in float32, where",
+        "nothing else is said. [conformance.md](conformance.md) has what was measured.",
+    ]  # fmt: skip
+    for name in METHODS:
+        found = method(name)
+        what = inspect.cleandoc(inspect.getmodule(type(found)).__doc__ or "").splitlines()[0]
+        _, _, rest = inspect.cleandoc(type(found).__doc__ or "").partition("\n")
+        steering = found.Config.steering
+        lines += ["", f"## {name}", "", what, "", f"Formats: {', '.join(found.formats)}. Source: {found.source}."]
+        lines += ["", rest.strip()] if rest.strip() else []
+        if steering:
+            lines += ["", "Fields that are accepted and have no effect here:", ""]
+            for note in dict.fromkeys(steering.values()):
+                fields = ", ".join(f"`{field}`" for field, said in steering.items() if said == note)
+                lines.append(f"- {fields}: {note}")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table between this file's markers")
+    parser.add_argument("--methods", type=Path, metavar="FILE", help="write the page of methods")
     options = parser.parse_args()
-    if options.write is None:
-        print(markdown(rows()))
-    else:
+    if options.methods is not None:
+        options.methods.write_text(methods_page())
+    if options.write is not None:
         options.write.write_text(with_table(options.write.read_text()))
+    if options.methods is None and options.write is None:
+        print(markdown(rows()))
 
 
 if __name__ == "__main__":

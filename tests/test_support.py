@@ -10,8 +10,8 @@ from in_memory import linear
 
 from qcompile.errors import ConfigError
 from qcompile.format import FORMATS
-from qcompile.methods.index import METHODS, parse_config
-from qcompile.support import END, START, markdown, rows, with_table
+from qcompile.methods.index import METHODS, method, parse_config
+from qcompile.support import END, START, markdown, methods_page, rows, with_table
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [
@@ -62,3 +62,12 @@ def test_the_readme_shows_the_table_of_today():
 def test_a_file_without_markers():
     with pytest.raises(SystemExit, match="the file has no line"):
         with_table("nothing here")
+
+
+def test_the_page_of_methods_is_what_the_methods_say() -> None:
+    assert (ROOT / "docs" / "methods.md").read_text() == methods_page()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_where_it_comes_from(name: str) -> None:
+    assert method(name).source.startswith("https://")

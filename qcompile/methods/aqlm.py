@@ -53,6 +53,7 @@ class Aqlm(Calibrated):
     """
 
     name = "aqlm"
+    source = "https://arxiv.org/abs/2401.06118"
     Config = AqlmConfig
     formats = ("aqlm",)
     mark = "codes"

@@ -170,6 +170,7 @@ class AutoRound(Method):
     """quant_method "auto-round"."""
 
     name = "auto-round"
+    source = "https://arxiv.org/abs/2309.05516"
     Config = AutoRoundConfig
     formats = ("gptq", "awq")
 

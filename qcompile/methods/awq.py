@@ -103,6 +103,7 @@ class Awq(Method):
     """quant_method "awq"."""
 
     name = "awq"
+    source = "https://arxiv.org/abs/2306.00978"
     Config = AwqConfig
     formats = ("awq", "awq-gemv", "awq-gemv-fast")
 

@@ -154,10 +154,12 @@ class Method(ABC):
     `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count. `experts` is
     true for methods that convert the fused weights of a mixture of experts: `select` then sees modules of the kind
     "Experts", `read` gives their weight [E * N, K], and `quantize` is asked for each expert as for a linear layer.
-    `indexed` is true where the package reads checkpoints by their index alone, even if all is in one file.
+    `indexed` is true where the package reads checkpoints by their index alone, even if all is in one file. `source` is
+    the address of a paper or project that describes the method.
     """
 
     name: ClassVar[str]
+    source: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
     formats: ClassVar[tuple[str, ...]]
     indexed: ClassVar[bool] = False

@@ -69,6 +69,7 @@ class BitNet(Method):
     """
 
     name = "bitnet"
+    source = "https://arxiv.org/abs/2402.17764"
     Config = BitNetConfig
     formats = ("bitnet",)
 

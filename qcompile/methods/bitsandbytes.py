@@ -141,6 +141,7 @@ class Bnb(Method):
     """quant_method "bitsandbytes"."""
 
     name = "bitsandbytes"
+    source = "https://arxiv.org/abs/2208.07339 and https://arxiv.org/abs/2305.14314"
     Config = BnbConfig
     formats = ("bnb4", "bnb-int8")
 

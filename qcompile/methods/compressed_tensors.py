@@ -38,6 +38,7 @@ class CompressedTensors(Method):
     """
 
     name = "compressed-tensors"
+    source = "https://github.com/vllm-project/compressed-tensors"
     Config = CompressedTensorsConfig
     formats = ("bitstream", "int8", "fp8", "fp4", "fp6")
 

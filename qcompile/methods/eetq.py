@@ -36,6 +36,7 @@ class Eetq(Method):
     """quant_method "eetq"."""
 
     name = "eetq"
+    source = "https://github.com/NetEase-FuXi/EETQ"
     Config = EetqConfig
     formats = ("eetq",)
 

@@ -48,6 +48,7 @@ class FbgemmFp8(Method):
     """
 
     name = "fbgemm_fp8"
+    source = "https://github.com/pytorch/FBGEMM"
     Config = FbgemmFp8Config
     formats = ("fp8",)
 

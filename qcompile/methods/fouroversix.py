@@ -120,6 +120,7 @@ class FourOverSix(Method):
     """
 
     name = "fouroversix"
+    source = "https://github.com/mit-han-lab/fouroversix"
     Config = FourOverSixConfig
     formats = ("fouroversix",)
 

@@ -88,6 +88,7 @@ class FineGrainedFp8(Method):
     """
 
     name = "fp8"
+    source = "https://arxiv.org/abs/2412.19437"
     Config = FineGrainedFp8Config
     formats = ("fp8", "fp4")
     experts = True
@@ -211,6 +212,7 @@ class Mxfp8(FineGrainedFp8):
     """quant_method "mxfp8": FineGrainedFP8 in blocks [1, 32] with power-of-two scales."""
 
     name = "mxfp8"
+    source = "https://arxiv.org/abs/2310.10537"
     Config = Mxfp8Config
 
 

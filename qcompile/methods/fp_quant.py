@@ -78,6 +78,7 @@ class FpQuant(Method):
     """
 
     name = "fp_quant"
+    source = "https://github.com/IST-DASLab/FP-Quant"
     Config = FpQuantConfig
     formats = ("fp-quant",)
 

@@ -81,6 +81,7 @@ class Gemma(Method):
     """
 
     name = "gemma"
+    source = "https://huggingface.co/docs/transformers/main/en/quantization/overview"
     Config = GemmaConfig
     formats = ("gemma", "int8")
 

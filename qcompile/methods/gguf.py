@@ -47,6 +47,7 @@ class Gguf(Method):
     """quant_method "gguf"."""
 
     name = "gguf"
+    source = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     Config = GgufConfig
     formats = tuple(kind for kind in FORMATS if kind.startswith(_PREFIX))
 

@@ -200,6 +200,7 @@ class Gptq(Method):
     """quant_method "gptq"."""
 
     name = "gptq"
+    source = "https://arxiv.org/abs/2210.17323"
     Config = GptqConfig
     formats = ("gptq",)
 

@@ -62,6 +62,7 @@ class Higgs(Method):
     """
 
     name = "higgs"
+    source = "https://arxiv.org/abs/2411.17525"
     Config = HiggsConfig
     formats = ("higgs",)
 

@@ -212,6 +212,7 @@ class Hqq(Method):
     """quant_method "hqq"."""
 
     name = "hqq"
+    source = "https://github.com/mobiusml/hqq"
     Config = HqqConfig
     formats = ("hqq",)
 

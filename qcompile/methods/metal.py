@@ -85,6 +85,7 @@ class Metal(Method):
     """
 
     name = "metal"
+    source = "https://github.com/ml-explore/mlx"
     Config = MetalConfig
     formats = ("mlx", "fp4", "fp8")
 

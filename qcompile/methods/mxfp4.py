@@ -66,6 +66,7 @@ class Mxfp4(Method):
     """
 
     name = "mxfp4"
+    source = "https://arxiv.org/abs/2310.10537"
     Config = Mxfp4Config
     formats = ("fp4",)
     experts = True

@@ -43,6 +43,7 @@ class Nvfp4(Method):
     """
 
     name = "nvfp4"
+    source = "https://huggingface.co/kernels-community/nvfp4-gemm"
     Config = Nvfp4Config
     formats = ("fp4",)
 

@@ -62,6 +62,7 @@ class Quanto(Method):
     """
 
     name = "quanto"
+    source = "https://github.com/huggingface/optimum-quanto"
     Config = QuantoConfig
     formats = ("int8", "fp8", "quanto")
 

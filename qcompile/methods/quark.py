@@ -126,6 +126,7 @@ class Quark(Method):
     """
 
     name = "quark"
+    source = "https://quark.docs.amd.com"
     Config = QuarkConfig
     formats = ("quark-int4", "int8", "fp8", "fp4", "fp6")
 

@@ -94,6 +94,7 @@ class Sinq(Method):
     """
 
     name = "sinq"
+    source = "https://arxiv.org/abs/2509.22944"
     Config = SinqConfig
     formats = ("sinq", "sinq-square")
     indexed = True

@@ -58,6 +58,7 @@ class Spqr(Calibrated):
     """
 
     name = "spqr"
+    source = "https://arxiv.org/abs/2306.03078"
     Config = SpqrConfig
     formats = ("spqr",)
     mark = "dense_weights"

@@ -39,6 +39,7 @@ class TorchAo(Method):
     """
 
     name = "torchao"
+    source = "https://github.com/pytorch/ao"
     Config = TorchAoConfig
     formats = ("int8", "fp8", "fp4", "torchao-int4", "torchao-int4-tiles")
 

@@ -133,6 +133,7 @@ class Vptq(Calibrated):
     """
 
     name = "vptq"
+    source = "https://arxiv.org/abs/2409.17066"
     Config = VptqConfig
     formats = ("vptq",)
     mark = "indices"
