@@ -79,6 +79,8 @@ def _int8_problem(read: Format) -> str:
 
     if not isinstance(read, Lanes):
         return "the weight is not quantized"
+    if read.code != "int":
+        return "its codes are floats"
     return Scheme(read, K, activation_group(read.group, K)).problem()
 
 
