@@ -94,6 +94,11 @@ class Placed:
     bias: Node | None
     around: str
 
+    @property
+    def is_bare(self) -> bool:
+        """True when nothing happens around the matmul."""
+        return not (self.before or self.after or self.residual is not None or self.bias is not None)
+
 
 @dataclass
 class Weights:
@@ -131,11 +136,16 @@ class Weights:
     def place(self, module: Module, selected: Quantized | Skip) -> Placed:
         """The record and the graph's nodes of a module's weight, stored when it is not yet."""
         key = (module.weight, "" if isinstance(selected, Skip) else json.dumps(selected.format.to_json()))
-        if key not in self.placed:
-            packed = self.pack(module, selected)
-            packed.check(module.path)
-            self.placed[key] = place(self.program, module, packed)
-        return self.placed[key]
+        known = self.placed.get(key)
+        if known is not None and (isinstance(selected, Skip) or not module.tied):
+            return known
+        packed = self.pack(module, selected)
+        if known is not None and known.is_bare and packed.is_bare:
+            return known
+        packed.check(module.path)
+        made = place(self.program, module, packed)
+        # What is done around a tied weight is each module's own.
+        return self.placed.setdefault(key, made) if known is None else made
 
     def pack(self, module: Module, selected: Quantized | Skip) -> Packed:
         """The weight of a module, of all its experts where it has those, as the method says."""

@@ -186,6 +186,11 @@ class Packed:
     residual: Applied | None = None
     bias: torch.Tensor | None = None
 
+    @property
+    def is_bare(self) -> bool:
+        """True when nothing happens around the matmul."""
+        return not (self.before or self.after or self.residual is not None or self.bias is not None)
+
     def check(self, where: str = "") -> None:
         """CheckpointError unless the format can hold [N, K] and each tensor has the dtype and shape it stores."""
         for problem in self.format.check(self.N, self.K):

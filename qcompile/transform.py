@@ -23,7 +23,7 @@ TRANSFORMS = Registry(
         "rms-norm": "qcompile.transforms.norm:RmsNorm",
         "round-to": "qcompile.transforms.cast:RoundTo",
         "llm-int8": "qcompile.transforms.llm_int8:LlmInt8",
-    "sparse": "qcompile.transforms.sparse:Sparse",
+        "sparse": "qcompile.transforms.sparse:Sparse",
         "round-int": "qcompile.transforms.round_int:RoundInt",
         "round-float": "qcompile.transforms.round_float:RoundFloat",
         "round-mx": "qcompile.transforms.round_float:RoundMx",

@@ -34,8 +34,7 @@ class TorchAo(Method):
     the config decides what is quantized on the fly, bit for bit as torchao on a CPU. Deviations: activations and the
     scales that they get stay float32, and weights are worth their unrounded float32 product, where torchao's kernels round to
     the model's dtype; zeros that float8 or NVFP4 has no scale for are 0, where torchao gives NaN.
-    Configs that need data (AWQ, SmoothQuant, static scales) or a GPU's own arithmetic (HQQ for tensor-core tiles) are
-    read and not made.
+    Configs that need data (AWQ, SmoothQuant, static scales) are read and not made; HQQ for tensor-core tiles is refused.
     """
 
     name = "torchao"

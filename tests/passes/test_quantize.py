@@ -10,7 +10,10 @@ from torch import nn
 from qcompile.backend import CpuBackend
 from qcompile.errors import CheckpointError
 from qcompile.evaluate import dequantize
-from qcompile.format import format_from_json
+from qcompile.format import Packed, format_from_json
+from qcompile.formats.dense import Dense
+from qcompile.methods.base import Quantized
+from qcompile.methods.eetq import Eetq
 from qcompile.methods.index import parse_config
 from qcompile.passes.account_for_weights import AccountForWeights
 from qcompile.passes.base import Context
@@ -20,6 +23,8 @@ from qcompile.passes.linears import linears
 from qcompile.passes.normalise import Normalise
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.read_parameters import ReadParameters
+from qcompile.transform import Applied
+from qcompile.transforms.round_int import RoundInt
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 IDS = torch.randint(0, 32, (2, 5))
@@ -158,3 +163,22 @@ def test_a_tensor_that_nothing_uses_is_an_error_by_name() -> None:
         made.ledger.claim(name, name)
     with pytest.raises(CheckpointError, match="stray: not used"):
         apply(made, AccountForWeights())
+
+
+class Halves(Eetq):
+    """A method that stores every weight as float16, and rounds the inputs of linears alone."""
+
+    def select(self, config, module, source, modules):
+        return Quantized(Dense("f16"))
+
+    def quantize(self, config, module, weight):
+        before = () if module.kind == "Embedding" else (Applied(RoundInt()),)
+        return Packed(Dense("f16"), {"weight": weight.half()}, module.n, module.k, before)
+
+
+def test_what_happens_around_a_tied_weight_is_each_modules_own() -> None:
+    made = program(Tiny(), IDS)
+    ctx = Context(made.report, CpuBackend(), Halves(), Halves.Config())
+    apply(made, Normalise(), Quantize(), ctx=ctx)
+    assert ops(made).count("qcompile.transform") == 2
+    assert [row.around for row in ctx.report.weights.values()] == ["", "int8 per token", "int8 per token"]
