@@ -120,7 +120,7 @@ def _in_order(
             raise CheckpointError(
                 "the checkpoint has not all the experts of a layer",
                 where=f"{target}, {source.describe()}",
-                found=f"{len(numbers)} experts, such as {next(iter(numbers.values()))}",
+                found=f"{len(numbers)} experts, such as {numbers[min(numbers)]}",
                 expected=f"the experts 0 to {experts - 1}",
                 remedy="check that the checkpoint is complete and belongs to this config.json",
             )

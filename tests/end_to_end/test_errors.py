@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import qcompile
 from qcompile.errors import CaptureError, CheckpointError, ConfigError
+from qcompile.methods.index import METHODS
 
 GPTQ_FIELDS = (
     "bits, tokenizer, dataset, group_size, damp_percent, desc_act, act_group_aware, sym, true_sequential, format, meta, "
@@ -29,7 +30,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         "unknown quantization method\n"
         "  where:    field 'quant_method'\n"
         "  found:    'gtpq', did you mean 'gptq'?\n"
-        "  expected: gptq, awq, bitsandbytes, hqq, eetq, gguf",
+        f"  expected: {', '.join(METHODS)}",
     ),
     (
         {"quant_method": "gptq", "bits": 4, "group_sise": 64},
@@ -51,7 +52,16 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         "  where:    model.layers.0.self_attn.q_proj [64, 64]\n"
         "  found:    K = 64\n"
         "  expected: a multiple of the group, 48\n"
-        f"  try:      {SKIP}",
+        f"  try:      {SKIP}\n"
+        "  also:     model.layers.0.self_attn.k_proj [32, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.0.self_attn.v_proj [32, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.0.self_attn.o_proj [64, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.0.mlp.gate_proj [96, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.0.mlp.up_proj [96, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.1.self_attn.q_proj [64, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.1.self_attn.k_proj [32, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     model.layers.1.self_attn.v_proj [32, 64]: awq cannot store this module's weight; found K = 64\n"
+        "  also:     3 more",
     ),
     (
         {"quant_method": "hqq", "nbits": 4, "group_size": 40},
@@ -59,7 +69,16 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         "  where:    model.layers.0.self_attn.q_proj [64, 64]\n"
         "  found:    N * K = 4096\n"
         "  expected: a multiple of the group, 40\n"
-        f"  try:      {SKIP}",
+        f"  try:      {SKIP}\n"
+        "  also:     model.layers.0.self_attn.k_proj [32, 64]: hqq cannot store this module's weight; found N * K = 2048\n"
+        "  also:     model.layers.0.self_attn.v_proj [32, 64]: hqq cannot store this module's weight; found N * K = 2048\n"
+        "  also:     model.layers.0.self_attn.o_proj [64, 64]: hqq cannot store this module's weight; found N * K = 4096\n"
+        "  also:     model.layers.0.mlp.gate_proj [96, 64]: hqq cannot store this module's weight; found N * K = 6144\n"
+        "  also:     model.layers.0.mlp.up_proj [96, 64]: hqq cannot store this module's weight; found N * K = 6144\n"
+        "  also:     model.layers.0.mlp.down_proj [64, 96]: hqq cannot store this module's weight; found N * K = 6144\n"
+        "  also:     model.layers.1.self_attn.q_proj [64, 64]: hqq cannot store this module's weight; found N * K = 4096\n"
+        "  also:     model.layers.1.self_attn.k_proj [32, 64]: hqq cannot store this module's weight; found N * K = 2048\n"
+        "  also:     5 more",
     ),
     (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["q_porj"]},

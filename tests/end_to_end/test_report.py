@@ -14,7 +14,7 @@ from qcompile.errors import ConfigError
 from qcompile.report import Report
 
 CASES = [
-    ("llama", "nf4"), ("llama", "float"), ("qwen2", "gptq"), ("gpt2", "hqq"), ("gpt2", "nf4"), ("opt", "hqq"),
+    ("llama", "nf4"), ("llama", "float"), ("qwen2", "gptq"), ("gpt2", "nf4"), ("opt", "hqq"),
     ("llama-tied", "float"),
 ]  # fmt: skip
 
