@@ -22,13 +22,14 @@ ON_CPU = ("gptq-actorder", "gptq-3bit", "awq-gemv", "bitsandbytes-nf4-dq", "bits
 
 
 def folders() -> list[Path]:
-    """Every checkpoint of a method that there is."""
-
-    def known(path: Path) -> bool:
+    """A checkpoint of every method that there is, the last by name; `tests/methods` write and read the others."""
+    found: dict[str, Path] = {}
+    for path in sorted(ROOT.glob("*")):
         data = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-        return (data.get("quantization_config") or {}).get("quant_method") in METHODS
-
-    return sorted(path for path in ROOT.glob("*") if known(path))
+        method = (data.get("quantization_config") or {}).get("quant_method")
+        if method in METHODS:
+            found[method] = path
+    return list(found.values())
 
 
 CASES = [(folder, "reference") for folder in folders()] + [(ROOT / name, "cpu") for name in ON_CPU]
