@@ -11,6 +11,7 @@ import torch
 from checkpoints import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_every_method import NOT_ON_THE_FLY
 
 import qcompile
 from qcompile.errors import ConfigError
@@ -22,12 +23,15 @@ ON_CPU = ("gptq-actorder", "gptq-3bit", "awq-gemv", "bitsandbytes-nf4-dq", "bits
 
 
 def folders() -> list[Path]:
-    """A checkpoint of every method that there is, the last by name; `tests/methods` write and read the others."""
+    """A checkpoint, the last by name, of every method that quantizes no float model.
+
+    `test_every_method.py` has the other methods, and `tests/methods` write and read every checkpoint's tensors.
+    """
     found: dict[str, Path] = {}
     for path in sorted(ROOT.glob("*")):
         data = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
         method = (data.get("quantization_config") or {}).get("quant_method")
-        if method in METHODS:
+        if method in METHODS and method in NOT_ON_THE_FLY:
             found[method] = path
     return list(found.values())
 
