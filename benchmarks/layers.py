@@ -17,8 +17,8 @@ import qcompile
 from benchmarks.interleave import Work, medians
 from qcompile.format import Packed
 from qcompile.formats.gptq import Gptq
-from qcompile.methods.base import MethodConfig, Quantized
-from qcompile.methods.index import METHODS
+from qcompile.methods.base import Method, MethodConfig, Quantized
+from qcompile.methods.index import register_method
 from qcompile.pack import pack
 from qcompile.program import Module
 
@@ -156,10 +156,11 @@ class RandomConfig(MethodConfig):
     method: ClassVar[str] = "benchmark"
 
 
-class Random:
+class Random(Method):
     """A quantization method whose weight of layer `<name>.<i>` is `Weights.random` number i, whatever it is given."""
 
     name = "benchmark"
+    source = "benchmarks/layers.py"
     Config = RandomConfig
     formats = ("gptq",)
     format = Gptq(bits=4, group=GROUP, v1=False, scale="f32")
@@ -179,11 +180,8 @@ class Random:
         }
         return Packed(self.format, pack(self.format, fields, module.n, module.k), module.n, module.k)
 
-    def effects(self, config: MethodConfig) -> list[tuple[str, str]]:
-        return []
 
-
-METHODS["benchmark"] = "benchmarks.layers:Random"
+register_method(Random)
 
 
 class Layers(nn.Module):
