@@ -54,7 +54,7 @@ def is_plain(program: Program) -> None:
     program.graph.graph.lint()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt", "gemma2", "phi3", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt-oss"])
 def test_a_decoder_is_one_graph_for_every_size(name):
     model = decoder(name)
     program = capture(model)
@@ -130,8 +130,15 @@ def test_the_live_model_is_not_changed():
         assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1])
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("kind", ["object", "folder"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in OTHERS
+        for kind in ("object", "folder")
+        if kind == "folder" or name not in ("t5", "whisper")
+    ],
+)
 def test_encoders_and_vision_models(name, kind, tmp_path):
     model = other(name)
     if kind == "folder":

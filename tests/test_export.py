@@ -19,7 +19,7 @@ from qcompile.export import export_checkpoint
 from qcompile.methods.index import METHODS
 
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 89]])
-ON_CPU = ("gptq-actorder", "gptq-3bit", "awq-gemv", "bitsandbytes-nf4-dq", "bitsandbytes-int8", "hqq-axis0", "eetq")
+ON_CPU = ("gptq-actorder", "bitsandbytes-nf4-dq", "hqq-axis0", "eetq")
 
 
 def folders() -> list[Path]:
