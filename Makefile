@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint conformance bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+conformance: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 -m "full or not full" tests/test_conformance.py
+	PYTHONPATH=tests $(BIN)/python -m conformance --write docs/conformance.md
 
 bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[transformers,bench]"

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import conformance
 import pytest
-from checkpoints import folders, parametrize
+from checkpoints import folders
 
 
-@pytest.mark.parametrize("target", conformance.TARGETS)
-@parametrize("")
+def _cases() -> list[Any]:
+    """Every checkpoint on every target; those on a CPU beside the first and the last of a method are marked "full"."""
+    cases, every = [], folders("")
+    methods = [folder.name.split("-")[0] for folder in every]
+    for i, folder in enumerate(every):
+        inside = 0 < i < len(every) - 1 and methods[i - 1] == methods[i] == methods[i + 1]
+        cases.append(pytest.param(folder, "reference", id=f"{folder.name}-reference"))
+        cases.append(pytest.param(folder, "cpu", id=f"{folder.name}-cpu", marks=[pytest.mark.full] if inside else []))
+    return cases or [pytest.param(None, "", marks=pytest.mark.skip(reason="no checkpoints on this machine"))]
+
+
+@pytest.mark.parametrize(("folder", "target"), _cases())
 def test_a_real_checkpoint(folder: Path, target: str) -> None:
     row = conformance.measure(folder, target)
     assert row.within(conformance.bound(folder)), row
