@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -118,6 +117,7 @@ def compile_command(
 ) -> None:  # fmt: skip
     """Compile MODEL: a Hugging Face folder or hub id, or a .gguf file."""
     import qcompile
+    from qcompile.staging import Stage
 
     def show(name: str, text: str) -> None:
         click.echo(f"# after {name}\n{text}", err=as_json)
@@ -129,7 +129,7 @@ def compile_command(
         )  # fmt: skip
         compiled.save(output)
     if work is not None:
-        shutil.rmtree(work, ignore_errors=True)
+        Stage(work).clear()
     click.echo(json.dumps(compiled.report.to_json(), indent=1) if as_json else str(compiled.report))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,14 @@ class Stage:
         except (SafetensorError, QCompileError, LookupError, TypeError, ValueError):
             return None
         return packed
+
+    def clear(self) -> None:
+        """Removes what was put here, and the folder when nothing else is in it."""
+        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.half")]:
+            if re.fullmatch("[0-9a-f]{64}", path.stem):
+                path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def put(self, key: str, packed: Packed) -> None:
         """Keeps a packed weight; the file appears whole or not at all."""

@@ -130,6 +130,18 @@ def test_what_is_staged_comes_back(tmp_path: Path) -> None:
     assert stage.key(torch.rand(4, 6), {"bits": 4}) != key != stage.key(torch.rand(4, 6), {"bits": 3})
 
 
+def test_only_what_was_staged_is_cleared(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "work")
+    stage.put(stage.key(torch.rand(2, 3), 1), Packed(Dense(), {"weight": torch.rand(2, 3)}, 2, 3))
+    own = tmp_path / "work" / "model.safetensors"
+    own.write_bytes(b"somebody's own")
+    stage.clear()
+    assert list((tmp_path / "work").iterdir()) == [own]
+    own.unlink()
+    stage.clear()
+    assert not (tmp_path / "work").exists()
+
+
 def test_spilled_tensors_are_equal_and_leave_no_file(tmp_path: Path) -> None:
     large, small = torch.randn(200, 300, dtype=torch.bfloat16), torch.arange(3)
     held = Spilled(tmp_path, {"small": small})
