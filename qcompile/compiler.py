@@ -23,7 +23,7 @@ from qcompile.runtime.cache import build_kernels
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
 from qcompile.sources import unmap
-from qcompile.staging import Spilled, Stage
+from qcompile.staging import Spilled, Stage, give_back_freed_memory
 from qcompile.target import Target
 from qcompile.target import target as target_of
 
@@ -79,6 +79,8 @@ def compile(
         raise ConfigError("no such accuracy", where="accuracy", found=repr(accuracy), expected="'exact' or 'int8'")
     if isinstance(model, str | os.PathLike) and progress is not None:
         progress("capture", str(model))
+    if max_memory is not None:
+        give_back_freed_memory()
     program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     report = program.report
     report.target, report.accuracy = place.name, accuracy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -22,6 +23,17 @@ from qcompile.format import Packed, format_from_json
 from qcompile.transform import Applied, transform_from_json
 
 SMALLEST = 1 << 16  # bytes; what is smaller stays in memory
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def give_back_freed_memory() -> None:
+    """Large blocks that this process frees from now on go back to the system at once (glibc; elsewhere no change).
+
+    glibc raises its threshold with every large block that is freed, and then keeps holes too small for the next tensor.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, SMALLEST)
 
 
 class Spilled(dict[str, Tensor]):
