@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+# Triton decides once, when it is imported, whether kernels are interpreted; those that are compiled are so in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # The test processes fill the machine already: threads that wait for each other make torch's own operators 30 times slower.
 torch.set_num_threads(1)
