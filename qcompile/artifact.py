@@ -145,12 +145,35 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How a GPU kernel is started, and what it takes of the machine.
+
+    `grid` counts programs along three axes, in terms of the call's dims as d0, d1 ...; each is `warps` x 32 threads with
+    `shared` bytes of shared memory. The kernel takes a pointer for each argument, an i32 for each dim, and `scratch` null
+    pointers. `registers` of a thread, `spills` bytes of a thread that lie in memory instead, `stages` of the loads ahead of
+    their use: for the report.
+    """
+
+    grid: tuple[Dim, Dim, Dim]
+    warps: int
+    shared: int = 0
+    scratch: int = 0
+    stages: int = 0
+    registers: int = 0
+    spills: int = 0
+
+
+@dataclass(frozen=True)
 class Built:
-    """A kernel made from its spec: the text to read, the relocatable object, and the name of the function in it."""
+    """A kernel made from its spec: the text to read, the object, and the name of the function in it.
+
+    The object is relocatable code for a CPU; a cubin, or PTX text, for a GPU, which `launch` says how to start.
+    """
 
     source: str
     object: bytes
     entry: str
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True)

@@ -118,3 +118,32 @@ class CpuBackend:
 
     def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
         return None
+
+
+@dataclass(frozen=True)
+class CudaBackend:
+    """CUDA kernels: fragment layouts where the format has one, and joined weights side by side in those; any format as it
+    is stored otherwise. Activations are never rounded unless the format says so.
+    """
+
+    regions: bool = True
+
+    def layout(self, packed: Packed) -> Layout:
+        return Layout(packed)
+
+    def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
+        first = parts[0][0]
+        differing = next((format_ for format_, _ in parts if format_ != first), None)
+        return None if differing is None else f"their formats differ: {first} and {differing}"
+
+    def join(self, parts: Sequence[Packed]) -> tuple[Packed, ...]:
+        return tuple(parts)
+
+    def accuracy(self, format: Format) -> str:
+        return "exact"
+
+    def prologue(self, formats: Sequence[Format], op: str) -> str | None:
+        return None
+
+    def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
+        return None

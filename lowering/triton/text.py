@@ -1,0 +1,61 @@
+"""What the texts of Triton kernels share: the frame of a module, names of dtypes, roundings that the interpreter gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qcompile.target import Target
+
+DTYPES: dict[str, str] = {
+    "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16", "i64": "tl.int64",
+    "i32": "tl.int32", "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "u16": "tl.uint16", "u32": "tl.uint32",
+    "bool": "tl.int1", "f8e4m3": "tl.float8e4nv", "f8e5m2": "tl.float8e5",
+}  # fmt: skip
+
+# Triton's interpreter drops bits where a GPU rounds to the nearest, and multiplies the raw bits of bf16 in a dot.
+_ROUND_BF16 = '''
+
+@triton.jit
+def round_bf16(x):
+    """x f32, rounded to the nearest bf16 (ties to even), as f32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+'''
+
+
+def module(
+    entry: str, about: str, arguments: Sequence[str], dims: int, body: str, target: Target, helpers: str = ""
+) -> str:
+    """The text of a module with one kernel, `entry(*arguments, d0, d1 ...)`, whose lines are `body` (not indented).
+
+    `about` is its docstring: the formula and the schedule. `helpers` are functions that the body calls, already whole.
+    """
+    names = ", ".join([*arguments, *(f"d{i}" for i in range(dims))])
+    lines = "\n".join(f"    {line}".rstrip() for line in body.strip("\n").splitlines())
+    shared = (_ROUND_BF16 if interpreted(target) else "") + (f"\n\n{helpers.strip()}\n" if helpers else "")
+    return (
+        f'"""{about.strip()}\n"""\n\nimport triton\nimport triton.language as tl\n{shared}\n\n'
+        f"@triton.jit\ndef {entry}({names}):\n{lines}\n"
+    )
+
+
+def interpreted(target: Target) -> bool:
+    """Whether the text is for Triton's interpreter, which knows no machine instructions."""
+    return target.capability == 0
+
+
+def cast(expression: str, dtype: str, target: Target) -> str:
+    """The f32 `expression` in `dtype`, floats rounded to the nearest: what is to be stored."""
+    if dtype == "f32":
+        return expression
+    if dtype == "bf16" and interpreted(target):
+        expression = f"round_bf16({expression})"
+    return f"({expression}).to({DTYPES[dtype]})"
+
+
+def dot_operand(expression: str, params: dict[str, Any], target: Target) -> str:
+    """The f32 `expression` as an operand of `tl.dot`: rounded to params["compute"], "bf16" or "f16"."""
+    rounded = cast(expression, params["compute"], target)
+    return f"({rounded}).to(tl.float32)" if interpreted(target) else rounded
