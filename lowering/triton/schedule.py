@@ -1,0 +1,73 @@
+"""Which schedule a linear kernel gets: a table's entry where there is one, else the cost model's fastest.
+
+`split_k` changes buffers, so it follows from the shape alone (`split`) and is a parameter of the kernel; all else depends on
+the GPU, and is chosen where the text is made (`choose`). What an instruction count may be at most is in `budgets.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from qcompile.lowering.triton import cost
+from qcompile.lowering.triton.devices import device
+from qcompile.lowering.triton.tables import Table, shipped
+from qcompile.lowering.triton.tiles import Problem, Schedule, candidates
+
+__all__ = ["BUCKETS", "OPEN", "Problem", "Schedule", "choose", "split"]
+
+OPEN = 2048
+"""The bucket of all M above the others; its schedules are chosen for this many rows."""
+
+BUCKETS = (4, 32, 128, OPEN)
+"""The greatest M of each variant of a linear. Within a bucket a program's own `block_m` may be smaller."""
+
+GRANULE = 128
+"""K is split at multiples of this many inputs, so that no part cuts a group or a step in two."""
+
+
+def split(n: int, k: int, m_bucket: int) -> int:
+    """How many parts K is summed in, which later are added in order; 1 where the outputs alone make work enough.
+
+    As many as give every multiprocessor of a large GPU two programs of 64 outputs, while a part keeps 1024 inputs; a divisor
+    of the number of granules in K.
+
+    >>> split(4096, 4096, 4), split(28672, 4096, 4), split(4096, 14336, 4), split(4096, 4096, OPEN), split(576, 576, 4)
+    (4, 1, 4, 1, 1)
+    """
+    tiles = math.ceil(n / 64) * math.ceil(m_bucket / 128)
+    granules, rest = divmod(k, GRANULE)
+    if rest or tiles >= 200:
+        return 1
+    wanted = min(math.ceil(256 / tiles), k // 1024, 16)
+    return max((parts for parts in range(1, wanted + 1) if granules % parts == 0), default=1)
+
+
+def choose(
+    kind: str,
+    n: int,
+    k: int,
+    m_bucket: int,
+    bits: int,
+    capability: int,
+    *,
+    value: str = "int",
+    group: int = 0,
+    split_k: int = 1,
+    table: Table | None = None,
+) -> Schedule:
+    """The schedule of a linear kernel: the entry of `table` (without one, of the shipped table), else the model's fastest.
+
+    `split_k` is the kernel's parameter, made by `split`; `table` is the target's; the others are as in `Problem`. Capability
+    0 is the interpreter, for which the smallest tile is taken. ValueError where no schedule can be made.
+    """
+    problem = Problem(kind, n, k, m_bucket, bits, value, group, split_k)
+    found = (shipped() if table is None else table).find(problem, capability)
+    if found is not None:
+        return found
+    gpu = device(capability)
+    legal = list(candidates(problem, gpu))
+    if not legal:
+        raise ValueError(f"no schedule can be made for {problem}")
+    if capability == 0:
+        return min(legal, key=lambda each: (each.block_n * each.block_m * each.block_k, each.stages, each.warps))
+    return min(legal, key=lambda each: cost.microseconds(problem, each, gpu))

@@ -1,0 +1,132 @@
+"""What a schedule of a linear kernel is, and which ones can be made: tiles, warps, stages, registers, shared memory.
+
+A linear kernel computes y[m, n], the sum over k of x[m, k] * w[n, k]. One program computes `block_n` outputs of `block_m`
+rows over one of `split_k` parts of K, `block_k` inputs a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qcompile.lowering.triton.devices import Device
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tile of one program, the warps that share it, and how many steps of loads are under way at once."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a schedule is chosen for: a kind of linear kernel, w [n, k], at most m rows of x.
+
+    `bits` are those of one code; `value` names what codes are worth ("int", "table", "fp", "codebook"), on which the number
+    of instructions depends; `group` is how many inputs share a scale (0: all). K is summed in `split_k` parts.
+    """
+
+    kind: str
+    n: int
+    k: int
+    m: int
+    bits: int
+    value: str = "int"
+    group: int = 0
+    split_k: int = 1
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits a weight with a 16-bit scale a group."""
+        return self.bits + (16 / self.group if self.group else 0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The tiles that a kind of kernel can be made with; `block_m` of a program is never above `most_m`.
+
+    `pipelined` kinds copy the next steps' weights to shared memory while they compute; `dense` ones also put decoded weights
+    there, 2 bytes each.
+    """
+
+    block_n: tuple[int, ...]
+    block_k: tuple[int, ...]
+    warps: tuple[int, ...]
+    stages: tuple[int, ...]
+    most_m: int
+    least_m: int = 16
+    pipelined: bool = True
+    dense: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    "generic": Kind((16, 32, 64), (32, 64, 128), (4,), (1, 2), most_m=64, pipelined=False),
+    "skinny": Kind((64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5), most_m=32),
+    "mid": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
+    "large": Kind((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), most_m=128, least_m=64, dense=True),
+    "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
+    "fp8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
+    "codebook": Kind((32, 64), (64, 128), (4,), (1, 2), most_m=32, pipelined=False),
+}
+
+
+def registers(schedule: Schedule) -> int:
+    """The registers of one thread, about: its sums, a step's operands in flight, and addresses."""
+    threads = 32 * schedule.warps
+    sums = schedule.block_n * schedule.block_m / threads
+    operands = schedule.block_n * min(schedule.block_k, 64) / threads / 2
+    return int(40 + sums + operands)
+
+
+def shared_bytes(problem: Problem, schedule: Schedule) -> int:
+    """The shared memory of one program, about: what the pipeline holds of w, its scales and x."""
+    kind = KINDS[problem.kind]
+    x = schedule.block_m * schedule.block_k * (1 if problem.kind in ("int8", "fp8") else 2)
+    if not kind.pipelined:
+        return x
+    w = schedule.block_n * schedule.block_k * problem.stored_bits / 8
+    held = max(schedule.stages - 1, 1) * (w + x)
+    return int(held + (2 * schedule.block_n * schedule.block_k if kind.dense else 0))
+
+
+def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
+    """Why the kernel cannot be made with this schedule on `gpu`; empty when it can."""
+    kind = KINDS[problem.kind]
+    if schedule.block_k > problem.k and schedule.block_k > min(kind.block_k):
+        return f"a step of {schedule.block_k} inputs is longer than K = {problem.k}"
+    if problem.group and schedule.block_k % problem.group and problem.group % schedule.block_k:
+        return f"a step of {schedule.block_k} inputs cuts groups of {problem.group}"
+    if problem.split_k > 1 and problem.k // problem.split_k % schedule.block_k:
+        return f"a step of {schedule.block_k} inputs cuts a part of {problem.k // problem.split_k}"
+    if schedule.block_n < 16 * schedule.warps and kind.pipelined:
+        return f"{schedule.warps} warps share {schedule.block_n} outputs; 16 a warp are the least"
+    if registers(schedule) > 240:
+        return f"about {registers(schedule)} registers a thread"
+    if shared_bytes(problem, schedule) > gpu.shared:
+        return f"about {shared_bytes(problem, schedule)} bytes of shared memory, {gpu.shared} are the most"
+    return ""
+
+
+def tile_m(kind: str, m: int) -> int:
+    """Rows of x in one program: all of a bucket's, in a power of two, as far as the kind goes."""
+    bounds = KINDS[kind]
+    return min(max(1 << (m - 1).bit_length(), bounds.least_m), bounds.most_m)
+
+
+def candidates(problem: Problem, gpu: Device) -> Iterator[Schedule]:
+    """Every legal schedule, in a fixed order."""
+    kind, most = KINDS[problem.kind], tile_m(problem.kind, problem.m)
+    rows = [size for size in (16, 32, 64, 128) if kind.least_m <= size <= most and 4 * size >= most]
+    for n in kind.block_n:
+        for m in rows:
+            for k in kind.block_k:
+                for warps in kind.warps:
+                    for stages in kind.stages:
+                        schedule = Schedule(n, m, k, warps, stages)
+                        if not illegal(problem, schedule, gpu):
+                            yield schedule
