@@ -1,0 +1,96 @@
+"""The parameters of Triton linear kernels as an artifact has them: what they may be, and what the kernels touch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qcompile.artifact import Extent
+from qcompile.format import Format, format_from_json
+from qcompile.lowering.extents import outside
+from qcompile.lowering.triton.linear import Compute, Element
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]
+MOST = 2**31 - 1  # N, K and M are i32
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A prologue, as in `LinearSpec`."""
+
+    op: Literal["rms_norm", "layer_norm"]
+    eps: float
+    offset: float = 0.0
+
+    @staticmethod
+    def extents(norm: Norm | None, k: int) -> list[Extent]:
+        """Of its tensors."""
+        return [Extent("f32", k)] * (0 if norm is None else 1 + (norm.op == "layer_norm"))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A step of the epilogue, as in `LinearSpec`."""
+
+    op: Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "add", "mul", "glu"]
+    act: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearParams:
+    """What `linear.Shape` says, from an artifact."""
+
+    formats: tuple[dict[str, Any], ...]
+    rows: tuple[int, ...]
+    k: int
+    bias: bool
+    prologue: Norm | None
+    epilogue: tuple[Ending, ...]
+    compute: Compute
+    x: Element
+
+    @functools.cached_property
+    def parts(self) -> list[Format]:
+        return [format_from_json(data) for data in self.formats]
+
+    @property
+    def gated(self) -> bool:
+        return any(step.op == "glu" for step in self.epilogue)
+
+    def problem(self) -> str:
+        """Which parameter is out of range; empty when none is."""
+        count, gates = len(self.formats), [step for step in self.epilogue if step.op == "glu"]
+        halves = self.rows[:1] == self.rows[1:] if count == 2 else count == 1 and self.rows[0] % 2 == 0
+        found = outside(
+            self,
+            formats=1 <= count <= (2 if gates else 64),
+            rows=len(self.rows) == count and 1 <= min(self.rows) and sum(self.rows) <= MOST and (halves or not gates),
+            k=1 <= self.k <= MOST,
+            epilogue=len(self.epilogue) <= 16 and len(gates) <= 1 and all(step.act for step in gates),
+        )
+        return found or next(
+            (text for format, n in zip(self.parts, self.rows, strict=True) if (text := problem_of(format, n, self.k))),
+            "",
+        )
+
+    def extents(self, m: int) -> list[Extent]:
+        """Of all pointers up to the scratch."""
+        y = m * (sum(self.rows) // 2 if self.gated else sum(self.rows))
+        out = [Extent(self.x, m * self.k), Extent("f32", y, True)]
+        for format, n in zip(self.parts, self.rows, strict=True):
+            out += [Extent(item.dtype, math.prod(item.shape)) for item in format.stored(n, self.k)]
+        out += [Extent("f32", sum(self.rows))] * self.bias
+        out += Norm.extents(self.prologue, self.k)
+        return out + [Extent("f32", y)] * sum(step.op in ("add", "mul") for step in self.epilogue)
+
+
+def problem_of(format: Format, n: int, k: int) -> str:
+    """Why there is no text for a weight [n, k] in this format; empty when there is."""
+    bits: int = getattr(format, "bits", 1)
+    if not 1 <= bits <= 8:
+        return f"bits = {bits}"
+    if min(n, k) < 1 or max(n, k) > MOST or format.check(n, k):
+        return f"a {format.kind} weight {[n, k]}"
+    return next((f"{s.name} {list(s.shape)}" for s in format.stored(n, k) if min(s.shape, default=1) < 1), "")
