@@ -236,8 +236,16 @@ def copies(n: int, k: int, rows: int) -> int:
     return min(48, max(2, 128_000_000 // (n * k // 2))) if rows <= 16 else 2
 
 
+def bytes_of(n: int, k: int) -> int:
+    """What the int4 weight and its float32 scales occupy (OpenVINO holds float16 ones)."""
+    return n * k // 2 + n * k // GROUP * 4
+
+
+READ = "memory read"  # no contender: torch's sum of a float32 array of as many bytes as the weights
+
+
 def time_shape(n: int, k: int, rows: int, accuracy: str, seconds: float) -> dict[str, float]:
-    """Median seconds of one y = x @ W.T, [rows, K] by [N, K], for each contender of `accuracy`.
+    """Median seconds of one y = x @ W.T, [rows, K] by [N, K], for each contender of `accuracy`, and of `READ`.
 
     A turn runs every weight once. qcompile, onnxruntime and OpenVINO hold all of them in one model, which is called once a
     turn; torch and ARK are called from Python once a layer.
@@ -259,4 +267,6 @@ def time_shape(n: int, k: int, rows: int, accuracy: str, seconds: float) -> dict
         layers = make(weights)
         check(name, layers(x)[0], bound)
         work[name] = lambda _, layers=layers: layers(x)  # type: ignore[misc]
+    array = torch.ones(bytes_of(n, k) * len(weights) // 4)
+    work[READ] = lambda _: array.sum()
     return {name: value / len(weights) for name, value in medians(work, seconds, least=5).items()}

@@ -17,13 +17,12 @@ from qcompile.ops import LinearSpec
 from qcompile.target import Target
 
 FEW = (1, 4)  # rows that "linear-int8-gemv" is written for
-_CACHE = 1 << 19  # bytes of rounded x that a block of rows may take in the second-level cache
 
 
-def tiling(target: Target, k: int) -> dict[str, int]:
-    """`tile` rows and `side` blocks, whose i32 sums fit the registers, and `m_block` rows that fit the cache."""
+def tiling(target: Target) -> dict[str, int]:
+    """`tile` rows and `side` blocks, whose i32 sums fit the registers, and `m_block` rows that codes are unpacked for."""
     tile, side = (8, 3) if target.isa == "avx512" else (4, 1)
-    return {"tile": tile, "side": side, "m_block": min(max(_CACHE // k, 32), 256) // tile * tile}
+    return {"tile": tile, "side": side, "m_block": 256}
 
 
 def lower_int8(node: Node, spec: LinearSpec, ctx: Context) -> None:
@@ -66,7 +65,7 @@ class _Operands:
         return self.ctx.call(linear_int8_gemv.TEMPLATE, params, args, self.dims, (1, len(args) - 1))
 
     def many(self, shape: Shape, common: dict[str, Any]) -> list[Call]:
-        tiles = tiling(self.ctx.target, self.spec.k)
+        tiles = tiling(self.ctx.target)
         bare = Shape(shape.formats, shape.ragged, shape.bias, None, shape.epilogue)
         params = bare.params(**common, **tiles)
         rounding = scheme(params).rounding(tiles["tile"], shape.prologue)
