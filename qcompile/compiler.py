@@ -180,8 +180,8 @@ def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Ca
 
 def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tuple[Executable, dict[str, torch.Tensor]]:
     from qcompile.lowering.lower import lower
-    from qcompile.lowering.mlir.pointwise import copier
     from qcompile.lowering.mlir.rules import rule_for
+    from qcompile.lowering.pointwise import copier
 
     return lower(program, place, accuracy, rule_for, copier, strict=strict)
 

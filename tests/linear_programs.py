@@ -16,8 +16,8 @@ from qcompile.format import Format
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir import templates, toolchain
 from qcompile.lowering.mlir.build import Builder
-from qcompile.lowering.mlir.pointwise import copier
 from qcompile.lowering.mlir.rules import rule_for
+from qcompile.lowering.pointwise import copier
 from qcompile.ops import LinearSpec, Part
 from qcompile.program import Program
 from qcompile.runtime.bounds import Bounds

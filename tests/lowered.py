@@ -18,8 +18,8 @@ from qcompile.backend import ReferenceBackend
 from qcompile.dtypes import NAMES
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir.build import Builder
-from qcompile.lowering.mlir.pointwise import copier
 from qcompile.lowering.mlir.rules import rule_for
+from qcompile.lowering.pointwise import copier
 from qcompile.passes.base import Context, Pass, run_pipeline
 from qcompile.program import Input, Program
 from qcompile.runtime.bounds import Bounds

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qcompile.artifact import Extent
-from qcompile.lowering.mlir.extents import numbers, outside
+from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.mlir.linear import norm_count
 from qcompile.lowering.mlir.linear_params import Norm
 from qcompile.lowering.mlir.prologue import open_row

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompile.artifact import Extent
+from qcompile.lowering.extents import Float, numbers, outside, require
 from qcompile.lowering.mlir.attention_kernel import LOWEST, final_factor, first_slot
-from qcompile.lowering.mlir.extents import Float, numbers, outside, require
 from qcompile.lowering.mlir.memory import load, store
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.lowering.mlir.vecmath import exp

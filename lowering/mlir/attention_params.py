@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.artifact import Extent
-from qcompile.lowering.mlir.extents import numbers, outside, require, strided
+from qcompile.lowering.extents import numbers, outside, require, strided
 from qcompile.lowering.mlir.memory import FLOATS
 
 STACK = 1 << 18  # float32 elements that a kernel may take of it

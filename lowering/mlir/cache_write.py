@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.artifact import Extent
+from qcompile.lowering.extents import Float, numbers, outside, strided
 from qcompile.lowering.mlir.attention_kernel import first_slot
-from qcompile.lowering.mlir.extents import Float, numbers, outside, strided
 from qcompile.lowering.mlir.rope import turn_row
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target

@@ -13,7 +13,7 @@ from qcompile.artifact import Extent
 from qcompile.dims import times
 from qcompile.format import format_from_json
 from qcompile.lowering.base import Context, Refuse
-from qcompile.lowering.mlir.extents import numbers
+from qcompile.lowering.extents import numbers
 from qcompile.lowering.mlir.linear_params import format_problem
 from qcompile.lowering.mlir.memory import first_lanes, store
 from qcompile.lowering.mlir.text import Text

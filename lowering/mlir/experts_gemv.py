@@ -19,8 +19,8 @@ from qcompile.experts import ExpertsSpec
 from qcompile.format import format_from_json
 from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.mlir import linear_gemv
-from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.linear import LANES, Shape
 from qcompile.lowering.mlir.linear_gemv import Gemv
 from qcompile.lowering.mlir.linear_params import format_problem

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.artifact import Extent
+from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.mlir.decode import Reader, readers
 from qcompile.lowering.mlir.epilogue import Epilogue
-from qcompile.lowering.mlir.extents import numbers, outside
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_pack import packed_size, rest_width
 from qcompile.lowering.mlir.linear_params import LinearParams

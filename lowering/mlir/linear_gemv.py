@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qcompile.artifact import Extent
+from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.mlir.decode import Reader, Scaling, readers
 from qcompile.lowering.mlir.epilogue import Epilogue
-from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_params import MOST_ROWS, LinearParams
 from qcompile.lowering.mlir.prologue import open_row, write_row, write_sums

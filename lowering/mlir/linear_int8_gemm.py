@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qcompile.artifact import Extent
+from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.mlir.activation_int8 import Rounding, Rows
 from qcompile.lowering.mlir.epilogue import Epilogue
-from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.int8_dot import WORDS, dot, quads
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_int8 import Block, Scheme, scheme

@@ -12,9 +12,9 @@ from typing import Any
 
 from qcompile.artifact import Extent
 from qcompile.formats.stream import planes
+from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.mlir.activation_int8 import Rounding, Rows, round_row
 from qcompile.lowering.mlir.epilogue import Epilogue
-from qcompile.lowering.mlir.extents import numbers, outside, require
 from qcompile.lowering.mlir.int8_dot import WORDS, dot, quads
 from qcompile.lowering.mlir.linear import F32, LANES, Operands, Section, Shape, sections, shares
 from qcompile.lowering.mlir.linear_int8 import Block, Scheme, group_of, scheme

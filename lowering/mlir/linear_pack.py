@@ -12,7 +12,7 @@ from typing import Any
 
 from qcompile.artifact import Extent
 from qcompile.dims import Dim, plus, times
-from qcompile.lowering.mlir.extents import numbers, outside
+from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.mlir.linear import LANES, norm_count
 from qcompile.lowering.mlir.linear_params import Norm
 from qcompile.lowering.mlir.prologue import Row, open_row

@@ -12,7 +12,7 @@ from qcompile.artifact import Extent
 from qcompile.format import Format, format_from_json
 from qcompile.formats.affine import ROUNDINGS
 from qcompile.formats.lanes import Lanes, LanesDense
-from qcompile.lowering.mlir.extents import outside, require
+from qcompile.lowering.extents import outside, require
 from qcompile.lowering.mlir.linear import LANES
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS
 from qcompile.lowering.render import check

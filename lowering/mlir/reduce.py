@@ -1,65 +1,15 @@
-"""Reductions over the last dimension(s) of a view: sum, mean, amax, amin, argmax, argmin, any, all."""
+"""The text of reductions: one row after another, a register of elements at a time."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from torch.fx import Node
-
-from qcompile.artifact import Extent
-from qcompile.dims import times
-from qcompile.lowering.base import Context, Refuse, operands
-from qcompile.lowering.mlir.extents import Element, numbers
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS, convert, first_lanes, load, store
 from qcompile.lowering.mlir.text import Text, Value, vector
+from qcompile.lowering.reduce import TEMPLATE, Params, extents, start, work_dtype
 from qcompile.target import Target
 
-TEMPLATE = "reduce"
-
-
-def lower_reduction(node: Node, ctx: Context) -> None:
-    """aten.sum/mean/amax/amin/any/all with dim lists, and argmax/argmin over one dimension."""
-    op = str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
-    op = {"max": "amax", "min": "amin"}.get(op, op)
-    if op not in ("sum", "mean", "amax", "amin", "argmax", "argmin", "any", "all"):
-        raise Refuse(f"no kernel for the reduction {op}")
-    x, axes, *_ = operands(node, dim=None)
-    source = ctx.strided(x)
-    rank = len(source.shape)
-    if op.startswith("arg") and axes is None and rank > 1:
-        raise Refuse(f"{op} over all dimensions")
-    if isinstance(axes, int):
-        axes = [axes]
-    folded = sorted({axis % rank for axis in axes}) if axes else list(range(rank))
-    kept = [axis for axis in range(rank) if axis not in folded]
-    result = ctx.dtype(node)
-    if source.dtype not in ELEMENTS or (op == "mean" and source.dtype not in FLOATS):
-        raise Refuse(f"{op} of {source.dtype} elements")
-    if op.startswith("arg") and source.dtype not in FLOATS:
-        raise Refuse(f"{op} of {source.dtype} elements")
-    view = ctx.contiguous(source.permute([*kept, *folded]))
-    params = {"op": op, "x": source.dtype, "y": result}
-    dims = [times(*view.shape[: len(kept)]), times(*view.shape[len(kept) :])]
-    ctx.emit(ctx.call(TEMPLATE, params, [view, ctx.output(node)], dims, [1]))
-
-
-@dataclass(frozen=True)
-class Params:
-    """The operation, and the dtypes."""
-
-    op: Literal["sum", "mean", "amax", "amin", "argmax", "argmin", "any", "all"]
-    x: Element
-    y: Element
-
-    def problem(self) -> str:
-        return ""
-
-
-def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
-    rows, n = numbers(dims, 2)
-    return [Extent(params.x, rows * n), Extent(params.y, rows, True)]
+__all__ = ["Params", "emit", "extents"]
 
 
 def emit(params: dict[str, Any], target: Target) -> str:
@@ -73,27 +23,6 @@ def emit(params: dict[str, Any], target: Target) -> str:
         value = (_place if op.startswith("arg") else _fold)(t, params, lanes, x, row * n, n)
         store(t, value, y, row, params["y"])
     return t.finish()
-
-
-def _work(params: dict[str, Any]) -> str:
-    """The dtype that is folded in."""
-    if params["op"] in ("any", "all"):
-        return "bool"
-    if params["x"] in FLOATS or params["y"] in FLOATS:
-        return "f32"
-    return "i64" if params["op"] == "sum" else params["x"]
-
-
-def _start(op: str, dtype: str) -> float:
-    """What an absent element counts as."""
-    if op in ("sum", "mean", "any", "all"):
-        return int(op == "all")
-    if dtype in FLOATS:
-        return -math.inf if op in ("amax", "argmax") else math.inf
-    bits = 1 if dtype == "bool" else int(ELEMENTS[dtype][1][1:])
-    signed = dtype not in ("u8", "bool")
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    return low if op == "amax" else high
 
 
 def _step(t: Text, op: str, dtype: str, total: Value, value: Value) -> Value:
@@ -115,15 +44,15 @@ def _reduced(t: Text, op: str, dtype: str, value: Value) -> Value:
 
 
 def _fold(t: Text, params: dict[str, Any], lanes: int, x: Value, base: Value, n: Value) -> Value:
-    op, dtype, work = params["op"], params["x"], _work(params)
-    start = t.constant(_start(op, work), vector(lanes, ELEMENTS[work][1]))
+    op, dtype, work = params["op"], params["x"], work_dtype(params)
+    initial = t.constant(start(op, work), vector(lanes, ELEMENTS[work][1]))
     whole = n - n % lanes
-    with t.loop(0, whole, lanes, carry=[start]) as loop:
+    with t.loop(0, whole, lanes, carry=[initial]) as loop:
         value = convert(t, load(t, x, base + loop.index, dtype, lanes), dtype, work)
         loop.carry([_step(t, op, work, loop.values[0], value)])
     mask = first_lanes(t, n - whole, lanes)
     rest = convert(t, load(t, x, base + whole, dtype, lanes, mask), dtype, work)
-    total = _reduced(t, op, work, _step(t, op, work, loop.results[0], t.select(mask, rest, start)))
+    total = _reduced(t, op, work, _step(t, op, work, loop.results[0], t.select(mask, rest, initial)))
     if op == "mean":
         total = total / t.cast("sitofp", n, "f32")
     return convert(t, total, work, params["y"])
@@ -133,7 +62,7 @@ def _place(t: Text, params: dict[str, Any], lanes: int, x: Value, base: Value, n
     """The first place of the greatest (or least) element; NaN counts as greatest (least)."""
     op, dtype = params["op"], params["x"]
     order = "ugt" if op == "argmax" else "ult"
-    best, where = t.constant(_start(op, "f32"), f"vector<{lanes}xf32>"), t.constant(0, f"vector<{lanes}xi64>")
+    best, where = t.constant(start(op, "f32"), f"vector<{lanes}xf32>"), t.constant(0, f"vector<{lanes}xi64>")
     numbers = t.constants(range(lanes), "i64")
     whole = n - n % lanes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.artifact import Extent
-from qcompile.lowering.mlir.extents import Float, numbers, outside, strided
+from qcompile.lowering.extents import Float, numbers, outside, strided
 from qcompile.lowering.mlir.memory import load, store, tiles
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target

@@ -1,4 +1,4 @@
-"""The closed list of operations inside a pointwise kernel: name -> text on register lanes (see memory.py)."""
+"""The operations inside a pointwise kernel (lowering.pointwise.OPS): name -> text on register lanes (see memory.py)."""
 
 from __future__ import annotations
 

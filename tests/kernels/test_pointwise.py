@@ -11,7 +11,9 @@ from lowered import Lowered, agrees
 
 from qcompile.artifact import View
 from qcompile.dtypes import DTYPES
-from qcompile.lowering.mlir import elementary, pointwise, toolchain
+from qcompile.lowering import pointwise
+from qcompile.lowering.mlir import elementary, scalar_ops, toolchain
+from qcompile.lowering.mlir.pointwise import emit
 from qcompile.lowering.mlir.text import Text
 from qcompile.passes.form_regions import FormRegions
 from qcompile.target import CPU_LEVELS, native
@@ -190,8 +192,12 @@ def test_nothing_is_written_behind_the_result() -> None:
         view = View("x", (n,), (1,))
         operands = [pointwise.Operand(view, "f32")]
         params, dims = pointwise.call(Collect(), operands, operands, [["neg", "f32", [0]]], [1])
-        Kernel(pointwise.emit(params, native()), "pointwise")([x, y], dims)
+        Kernel(emit(params, native()), "pointwise")([x, y], dims)
         assert torch.equal(y[:n], -x) and (y[n:] == 7.0).all()
+
+
+def test_every_operation_has_a_text() -> None:
+    assert set(scalar_ops.OPS) == set(pointwise.OPS)
 
 
 def test_equal_dimensions_are_found_by_value() -> None:
@@ -208,7 +214,7 @@ def test_compiles_everywhere_without_calls(level: str) -> None:
         "dims": 2, "inputs": [["f32", "apart"], ["bf16", "unit"]],
         "outputs": [["f16", "unit", 2], ["f32", "apart", 5]], "ops": ops,
     }  # fmt: skip
-    text = toolchain.assembly(pointwise.emit(params, target), target)
+    text = toolchain.assembly(emit(params, target), target)
     assert not [line for line in text.splitlines() if line.split()[:1] in (["call"], ["callq"], ["bl"])]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from qcompile.dtypes import NAMES
+from qcompile.dtypes import DTYPES, NAMES
+from qcompile.expr import FLOATS
 from qcompile.lowering.base import Refuse
-from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS
 
 Ref = int | dict[str, Any]
 Read = Callable[["Reader", Node], Ref]
@@ -92,7 +92,7 @@ def number(value: float) -> dict[str, Any]:
 
 
 def _known(dtype: str) -> None:
-    if dtype not in ELEMENTS:
+    if dtype not in DTYPES:
         raise Refuse(f"no pointwise kernel for elements of dtype {dtype}")
 
 
@@ -386,7 +386,7 @@ _MEANINGS: dict[str, Read] = {
 READ: dict[str, Read] = {f"aten.{name}": read for name, read in _MEANINGS.items()} | {
     "prims.convert_element_type": _value
 }
-"""Operator -> what it means in the operations of scalar_ops.OPS, "to", "full" and "index"."""
+"""Operator -> what it means in the operations of pointwise.OPS, "to", "full" and "index"."""
 
 FILLS = frozenset(
     f"aten.{name}" for name in ("full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full")

@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from qcompile.dtypes import NAMES
 from qcompile.lowering.base import Context, Refuse
-from qcompile.lowering.mlir.meaning import FILLS, READ, Reader, operator
-from qcompile.lowering.mlir.pointwise import Operand, call
+from qcompile.lowering.meaning import FILLS, READ, Reader, operator
+from qcompile.lowering.pointwise import Operand, call
 
 
 def is_pointwise(node: Node) -> bool:
