@@ -17,6 +17,7 @@ from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import call, forget, is_call, substitute, tensor_node, unused_name
 from qcompile.passes.linears import Linear, owners, packed
 from qcompile.program import Program
+from qcompile.transform import Transform
 
 aten, qc = torch.ops.aten, torch.ops.qcompile
 
@@ -50,6 +51,14 @@ def _weights(program: Program) -> list[_Weight]:
     return list(found.values())
 
 
+def _treatment(weight: _Weight) -> tuple[Transform, ...]:
+    """What every reader does to its input before the weight meets it; nothing where they differ."""
+    treatments = [
+        tuple(Linear.of(node).spec.transforms()) if is_call(node, qc.linear.default) else () for node in weight.readers
+    ]
+    return treatments[0] if all(each == treatments[0] for each in treatments) else ()
+
+
 @dataclass(frozen=True)
 class ChooseLayout(Pass):
     """Weights that a linear reads are repacked as the backend asks, value for value; the reason is kept where it declines.
@@ -80,7 +89,7 @@ class ChooseLayout(Pass):
         embeddings = [node for node in weight.readers if is_call(node, qc.embedding.default)]
         if len(embeddings) == len(weight.readers):
             return Layout(before)
-        layout = ctx.backend.layout(before)
+        layout = ctx.backend.layout(before, _treatment(weight))
         if layout.order is not None and embeddings:
             return Layout(before, reason="an embedding reads the same weight, so its inputs keep their order")
         return layout

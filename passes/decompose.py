@@ -1,8 +1,9 @@
-"""Transforms become the ATen operators that they are made of, for backends whose kernels know only those."""
+"""Transforms become a part of the linear behind them where the backend can, and else the ATen operators they are made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,20 +12,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.ops import parse_transform
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import fake_mode, inherit, substitute
+from qcompile.passes.graph import args_of, erase_unused, fake_mode, inherit, is_call, substitute
+from qcompile.passes.linears import Linear, linears
 from qcompile.program import Program
+from qcompile.transform import transform_from_json
 
 qc = torch.ops.qcompile
 
 
 @dataclass(frozen=True)
 class Decompose(Pass):
-    """Every `qcompile.transform` is replaced by its own eager implementation, traced."""
+    """A linear takes in as many transforms of its input as the backend has kernels for; every other `qcompile.transform`
+    is replaced by its own eager implementation, traced.
+    """
 
     name: ClassVar[str] = "decompose"
 
     def run(self, program: Program, ctx: Context) -> int:
-        count = 0
+        count = sum(self._take_in(linear, ctx) for linear in linears(program))
         for node in program.graph.graph.find_nodes(op="call_function", target=qc.transform.default):
             if not ctx.take():
                 break
@@ -33,6 +38,29 @@ class Decompose(Pass):
             self._inline(node, traced, [x, *stored])
             count += 1
         return count
+
+    def _take_in(self, linear: Linear, ctx: Context) -> int:
+        """The number of transforms that the linear has taken in: the last one of its input, the one before it, ..."""
+        chain, x = list[Node](), linear.x
+        while is_call(x, qc.transform.default) and x.meta["val"].dtype == torch.float32:
+            chain.insert(0, x)
+            (x,) = args_of(x)[:1]
+        while chain:
+            transforms = [transform_from_json(json.loads(args_of(node)[2])) for node in chain]
+            reason = ctx.backend.activation(transforms, linear.formats[0], linear.spec.k)
+            if reason is None:
+                break
+            if reason:
+                ctx.refuse(self.name, linear.node, reason)
+            chain = chain[1:]
+        if not chain or not ctx.take():
+            return 0
+        stored = tuple(tensor for node in chain for tensor in args_of(node)[1])
+        spec = replace(linear.spec, before=tuple(transform.to_json() for transform in transforms))
+        taken = replace(linear, x=args_of(chain[0])[0], extras=(*linear.extras, *stored), spec=spec)
+        substitute(linear.node, taken.written(linear.node, self.name))
+        erase_unused(chain)
+        return len(chain)
 
     def _trace(self, program: Program, x: torch.Tensor, stored: list[torch.Tensor], text: str) -> Graph:
         def eager(x: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:

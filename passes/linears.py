@@ -37,8 +37,15 @@ class Linear:
 
     @property
     def is_plain(self) -> bool:
-        """True for a linear of one part that has taken nothing in but its bias."""
+        """True for a linear of one part that has taken nothing in but its bias and what its method does to x."""
         return len(self.spec.parts) == 1 and self.spec.prologue is None and not self.spec.epilogue
+
+    @property
+    def treatment(self) -> tuple[Node, ...]:
+        """The stored tensors of the transforms of x."""
+        norms = {"rms_norm": 1, "layer_norm": 2}[self.spec.prologue["op"]] if self.spec.prologue else 0
+        first = int(self.spec.bias) + norms
+        return self.extras[first : first + sum(len(each.stored(self.spec.k)) for each in self.spec.transforms())]
 
     def parts(self) -> Iterator[tuple[Part, tuple[Node, ...]]]:
         """Each part with its stored tensors."""

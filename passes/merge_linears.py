@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
 from qcompile.format import Packed
-from qcompile.ops import LinearSpec, Part
+from qcompile.ops import Part
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.fuse_epilogue import ACTIVATIONS
 from qcompile.passes.graph import args_of, call, forget, infer, is_call, substitute, tensor_node, unused_name
@@ -46,7 +47,7 @@ def _gated(members: list[Linear]) -> list[list[Linear]]:
 
 @dataclass(frozen=True)
 class MergeLinears(Pass):
-    """Linears of one input, one accuracy and layouts that the backend can join become one; slices give each its columns.
+    """Linears of one input, treated alike, and of layouts that the backend can join become one; slices give each its columns.
 
     A gate and the linear that it multiplies are merged in this order, [gate; up], with each other only. Other linears whose
     only reader is an activation stay, so that they can take it in.
@@ -56,10 +57,11 @@ class MergeLinears(Pass):
     max_members: int = 8
 
     def run(self, program: Program, ctx: Context) -> int:
-        by_input: dict[tuple[Node, str], list[Linear]] = {}
+        by_input: dict[tuple[Any, ...], list[Linear]] = {}
         for linear in linears(program):
             if linear.is_plain and all(extra.op == "get_attr" for extra in linear.extras):
-                by_input.setdefault((linear.x, linear.spec.accuracy), []).append(linear)
+                treated = (json.dumps(linear.spec.before), linear.treatment)
+                by_input.setdefault((linear.x, linear.spec.accuracy, *treated), []).append(linear)
         count = 0
         for members in by_input.values():
             for group in self._groups(program, members, ctx):
@@ -121,12 +123,9 @@ class MergeLinears(Pass):
             Part(part.format.to_json(), part.N, len(part.format.stored(part.N, part.K))) for part in joined
         )  # fmt: skip
         bias = self._bias(program, group)
-        spec = LinearSpec(
-            group[0].spec.k, parts, bias is not None, None, (), group[0].spec.accuracy, group[0].spec.act_group
-        )
-        whole = replace(group[0], stored=tuple(stored), extras=(bias,) if bias else (), spec=spec).written(
-            first, self.name
-        )
+        spec = replace(group[0].spec, parts=parts, bias=bias is not None)
+        extras = ((bias,) if bias else ()) + group[0].treatment
+        whole = replace(group[0], stored=tuple(stored), extras=extras, spec=spec).written(first, self.name)
         infer(program, [whole])
         self._slice(group, whole)
         if len(joined) == 1:
@@ -158,11 +157,11 @@ class MergeLinears(Pass):
 
     def _bias(self, program: Program, group: Sequence[Linear]) -> Node | None:
         """The biases one below the other, zeros where a linear has none."""
-        if not any(m.extras for m in group):
+        if not any(m.spec.bias for m in group):
             return None
         biases = [
-            program.tensors[m.extras[0].meta["tensor"]].float() if m.extras else torch.zeros(m.spec.n) for m in group
+            program.tensors[m.extras[0].meta["tensor"]].float() if m.spec.bias else torch.zeros(m.spec.n) for m in group
         ]
-        names = [m.extras[0].meta["tensor"] if m.extras else m.stored[0].meta["tensor"] for m in group]
+        names = [m.extras[0].meta["tensor"] if m.spec.bias else m.stored[0].meta["tensor"] for m in group]
         name = self._name(program, [tensor.rpartition(".")[0] for tensor in names])
         return tensor_node(program, unused_name(program, f"{name}.bias"), torch.cat(biases))

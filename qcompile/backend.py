@@ -10,6 +10,9 @@ import torch
 
 from qcompile.format import Format, Packed
 from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for
+from qcompile.formats.native import Native, native_for
+from qcompile.row_transforms import problem
+from qcompile.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,18 @@ class Backend(Protocol):
     @property
     def regions(self) -> bool: ...
 
-    def layout(self, packed: Packed) -> Layout:
-        """The layout of one weight for this target; the same weight, value for value."""
+    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
+        """Why a linear over K = k inputs with a weight in `format` cannot do these to its input first; None when it can.
+
+        "": there is no such kernel for any, so that nobody need be told.
+        """
+        ...
+
+    def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
+        """The layout of one weight for this target; the same weight, value for value.
+
+        `before` is what every linear that reads it does to its input.
+        """
         ...
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
@@ -62,7 +75,10 @@ class ReferenceBackend:
 
     regions: bool = False
 
-    def layout(self, packed: Packed) -> Layout:
+    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
+        return ""
+
+    def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         return Layout(packed)
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
@@ -91,7 +107,10 @@ class CpuBackend:
     wanted: str = "exact"
     regions: bool = True
 
-    def layout(self, packed: Packed) -> Layout:
+    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
+        return ""
+
+    def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         found = lanes_for(packed)
         return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
 
@@ -128,16 +147,27 @@ class CudaBackend:
 
     regions: bool = True
 
-    def layout(self, packed: Packed) -> Layout:
-        return Layout(packed)
+    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
+        return problem(transforms, k) or None
+
+    def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
+        native = native_for(packed, before)
+        return Layout(packed) if isinstance(native, str) else Layout(native)
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         first = parts[0][0]
         differing = next((format_ for format_, _ in parts if format_ != first), None)
-        return None if differing is None else f"their formats differ: {first} and {differing}"
+        if differing is not None:
+            return f"their formats differ: {first} and {differing}"
+        rows = first.rows if isinstance(first, Native) else 1
+        cut = next((n for _, n in parts[:-1] if n % rows), None)
+        return None if cut is None else f"{cut} rows are no multiple of the {rows} that share a scale"
 
     def join(self, parts: Sequence[Packed]) -> tuple[Packed, ...]:
-        return tuple(parts)
+        if not isinstance(parts[0].format, Native):
+            return tuple(parts)
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return (Packed(parts[0].format, tensors, sum(part.N for part in parts), parts[0].K),)
 
     def accuracy(self, format: Format) -> str:
         return "exact"

@@ -65,6 +65,7 @@ FORMATS = Registry(
         "fouroversix": "qcompile.formats.fouroversix:FourOverSix",
         "fp-quant": "qcompile.formats.fp_quant:FpQuant",
         "gemma": "qcompile.formats.gemma:Gemma",
+        "native": "qcompile.formats.native:Native",
         "lanes": "qcompile.formats.lanes:Lanes",
         "lanes-dense": "qcompile.formats.lanes:LanesDense",
     },

@@ -39,15 +39,16 @@ class Part:
 class LinearSpec:
     """Everything about a `qcompile.linear` node but its tensors.
 
-    y = epilogue(prologue(x) @ cat(W of parts).T + bias).
+    y = epilogue(before(prologue(x)) @ cat(W of parts).T + bias).
 
     `prologue`: None, {"op": "rms_norm", "eps": e, "offset": 0 or 1} (weight + offset multiplies) or
     {"op": "layer_norm", "eps": e}.
     `epilogue`, in order: {"op": "silu" | "gelu" | "gelu_tanh" | "relu" | "sigmoid" | "tanh"}; {"op": "add"} and
     {"op": "mul"} (the next extra tensor, shaped like y); {"op": "glu", "act": name}: the rows of the two halves of N
     give act(first half) * second half, so y has N/2 columns.
+    `before`: transforms (their JSON) that the method applies to x, in order; their results are rows [..., k] again.
     Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a
-    prologue; one for each add or mul.
+    prologue; what the transforms of `before` store; one for each add or mul.
     `accuracy` is "exact" (float activations) or "int8" (activations rounded by `round_activations` per `act_group`
     inputs, value tables by `round_table`).
     """
@@ -59,6 +60,7 @@ class LinearSpec:
     epilogue: tuple[dict[str, Any], ...] = ()
     accuracy: str = "exact"
     act_group: int = 32
+    before: tuple[dict[str, Any], ...] = ()
 
     @property
     def n(self) -> int:
@@ -68,6 +70,12 @@ class LinearSpec:
     def n_out(self) -> int:
         return self.n // 2 if any(e["op"] == "glu" for e in self.epilogue) else self.n
 
+    def transforms(self) -> list[Transform]:
+        """Those of `before`."""
+        from qcompile.transform import transform_from_json
+
+        return [transform_from_json(data) for data in self.before]
+
     def to_text(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
@@ -76,6 +84,7 @@ class LinearSpec:
         data = json.loads(text)
         data["parts"] = tuple(Part(**part) for part in data["parts"])
         data["epilogue"] = tuple(data["epilogue"])
+        data["before"] = tuple(data.get("before", ()))
         return LinearSpec(**data)
 
 
@@ -192,15 +201,19 @@ def linear(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: 
     `stored` holds the tensors of the parts one after another, `extras` the bias, norm and epilogue tensors.
     """
     what = LinearSpec.from_text(spec)
-    stored_left, extras_left = list(stored), [extra.float() for extra in extras]
-    bias = extras_left.pop(0) if what.bias else None
+    stored_left, extras_left = list(stored), list(extras)
+    bias = extras_left.pop(0).float() if what.bias else None
     y = x.float()
     if what.prologue is not None:
-        weight, eps = extras_left.pop(0), what.prologue["eps"]
+        weight, eps = extras_left.pop(0).float(), what.prologue["eps"]
         if what.prologue["op"] == "rms_norm":
             y = _rms_norm(y, weight, eps, what.prologue.get("offset", 0.0))
         else:
-            y = functional.layer_norm(y, (what.k,), weight, extras_left.pop(0), eps)
+            y = functional.layer_norm(y, (what.k,), weight, extras_left.pop(0).float(), eps)
+    for each in what.transforms():
+        count = len(each.stored(what.k))
+        tensors, extras_left = extras_left[:count], extras_left[count:]
+        y = transform(y, tensors, json.dumps(each.to_json()))
     if what.accuracy == "int8":
         y = round_activations(y, what.act_group)
     weights = []
@@ -214,9 +227,9 @@ def linear(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: 
     y = functional.linear(y, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
     for step in what.epilogue:
         if step["op"] == "add":
-            y = y + extras_left.pop(0)
+            y = y + extras_left.pop(0).float()
         elif step["op"] == "mul":
-            y = y * extras_left.pop(0)
+            y = y * extras_left.pop(0).float()
         elif step["op"] == "glu":
             first, second = y.chunk(2, dim=-1)
             y = ACTIVATIONS[step["act"]](first) * second

@@ -1,0 +1,63 @@
+"""Which transforms of rows a kernel of a linear can make itself; `lowering/triton/transforms.py` has their text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qcompile.transform import Transform
+from qcompile.transforms.cast import RoundTo
+from qcompile.transforms.fp_quant import RoundFpQuant
+from qcompile.transforms.linear import Hadamard, Permute, Scale
+from qcompile.transforms.llm_int8 import LlmInt8
+from qcompile.transforms.norm import RmsNorm
+from qcompile.transforms.round_float import RoundFloat, RoundMx, RoundNvfp4
+from qcompile.transforms.round_int import RoundInt
+
+LONGEST = 1 << 15  # inputs of a row: one program holds a row in its registers
+
+
+def problem(transforms: Sequence[Transform], k: int) -> str:
+    """Why there is no text for these transforms of a row of k inputs; empty when there is."""
+    if k > LONGEST:
+        return f"rows of {k} inputs are longer than {LONGEST}"
+    return next((text for at, each in enumerate(transforms) if (text := _problem(each, at, len(transforms), k))), "")
+
+
+def _problem(each: Transform, at: int, count: int, k: int) -> str:
+    whole = f"'{each.kind}' with one scale for all rows of a call"
+    numbers = [value for value in vars(each).values() if isinstance(value, float)]
+    if not all(map(math.isfinite, numbers)):
+        return f"'{each.kind}' with a number that is not finite"
+    match each:
+        case Permute():
+            return "" if at == 0 else "a permutation behind another transform"
+        case Hadamard():
+            return (
+                ""
+                if _power(each.size, k) and k % each.size == 0
+                else f"a Hadamard matrix of {each.size} over {k} inputs"
+            )
+        case Scale() | RmsNorm() | RoundTo() | RoundFpQuant():
+            return ""
+        case RoundInt() | RoundFloat():
+            if each.per not in ("token", "group") and not each.scale:
+                return whole
+            if each.heads or (each.per == "group" and not each.scale and not _power(each.size, k)):
+                return f"'{each.kind}' per {each.per} of {each.size}"
+            large = isinstance(each, RoundInt) and max(abs(each.low), abs(each.high)) > 1 << 15
+            return "integers of more than 16 bits" if large else ""
+        case RoundMx():
+            return "" if _power(each.size, k) else f"groups of {each.size}"
+        case RoundNvfp4():
+            return (whole if not each.stored_scale else "") or (
+                "" if _power(each.size, k) else f"groups of {each.size}"
+            )
+        case LlmInt8():
+            return "" if at == count - 1 else "outliers that another transform follows"
+    return f"'{each.kind}' has no text"
+
+
+def _power(size: int, k: int) -> bool:
+    """Whether groups of this size are a power of two that a row's tensor holds."""
+    return 2 <= size <= 1 << (k - 1).bit_length() and size & (size - 1) == 0
