@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from qcompile.artifact import Buffer, Call, KernelSpec, Port, Step, Variant, View
+from qcompile.artifact import Buffer, BufferKind, Call, KernelSpec, Port, Step, Variant, View
 from qcompile.dims import Dim, times
 from qcompile.dtypes import NAMES
 from qcompile.errors import InternalError
@@ -127,8 +127,15 @@ class Context:
 
     def temp(self, shape: Sequence[Dim], dtype: str) -> View:
         """A contiguous scratch array of this step. The size name "threads" may be used in `shape`."""
-        name = self.fresh("scratch")
-        self.buffers[name] = Buffer(name, dtype, tuple(shape), "temp")
+        return self._scratch("temp", shape, dtype)
+
+    def counters(self, shape: Sequence[Dim]) -> View:
+        """A contiguous array of i32 zeros, which the kernel that is given it leaves as zeros."""
+        return self._scratch("counter", shape, "i32")
+
+    def _scratch(self, kind: BufferKind, shape: Sequence[Dim], dtype: str) -> View:
+        name = self.fresh("scratch" if kind == "temp" else "counters")
+        self.buffers[name] = Buffer(name, dtype, tuple(shape), kind)
         strides: list[Dim] = []
         step: Dim = 1
         for length in reversed(shape):

@@ -8,14 +8,15 @@ from typing import Any, Literal, NamedTuple
 
 from qcompile.dims import Dim
 
-BufferKind = Literal["input", "output", "weight", "state", "temp"]
+BufferKind = Literal["input", "output", "weight", "state", "temp", "counter"]
 
 
 @dataclass(frozen=True)
 class Buffer:
     """A contiguous row-major array. `shape` may name sizes; `weight` buffers, which lie in the weights file, name none.
 
-    `state` buffers outlive a call (the KV cache); `temp` buffers live between their first and last step.
+    `state` buffers outlive a call (the KV cache); `temp` buffers live between their first and last step. `counter`
+    buffers are full of zeros whenever a kernel starts, and every kernel leaves them so: they may share their memory.
     `below`, for integers that a kernel uses as an index: every element of a weight or input is in 0 .. below - 1,
     checked when it is bound.
     """

@@ -102,6 +102,11 @@ def reference(name: str) -> Callable[..., Any]:
     return eager(name) if found is None else found
 
 
+def takes_device(operator: Callable[..., Any]) -> bool:
+    """Whether an eager operator is told which device its result is on."""
+    return any(argument.name == "device" for argument in operator._schema.arguments)  # type: ignore[attr-defined]
+
+
 def resolve(literal: Any, names: Mapping[str, Callable[[Any], Any]]) -> Any:
     """`literal` with each {"key": x} replaced by names[key](x); lists stay lists; ArtifactError for an unknown key."""
     if isinstance(literal, (list, tuple)):

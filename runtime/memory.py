@@ -8,34 +8,37 @@ import torch
 
 from qcompile.errors import ArtifactError
 
+Device = torch.device | str
 ALIGNMENT = 64
 
 
-def allocate(size: int) -> torch.Tensor:
+def allocate(size: int, device: Device = "cpu") -> torch.Tensor:
     """A u8 tensor of `size` zero bytes that starts at a multiple of 64; ArtifactError when memory is short."""
     try:
-        raw = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
+        raw = torch.zeros(size + ALIGNMENT, dtype=torch.uint8, device=device)
     except RuntimeError as error:
-        raise ArtifactError(
-            "not enough memory", found=f"{size} bytes wanted", remedy="a smaller batch or length"
-        ) from error
+        found, remedy = f"{size} bytes wanted on {device}", "a smaller batch or length"
+        raise ArtifactError("not enough memory", found=found, remedy=remedy) from error
     start = -raw.data_ptr() % ALIGNMENT
     return raw[start : start + size]
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, device: Device = "cpu") -> torch.Tensor:
     """A contiguous zero tensor of `shape` and `dtype` on a 64-byte boundary."""
     count = 1
     for dim in shape:
         count *= dim
-    return allocate(count * dtype.itemsize).view(dtype).view(*shape)
+    return allocate(count * dtype.itemsize, device).view(dtype).view(*shape)
 
 
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself where it is a contiguous CPU tensor on a 64-byte boundary, else such a copy."""
-    if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    return empty(tensor.shape, tensor.dtype).copy_(tensor)
+def is_aligned(tensor: torch.Tensor, device: Device = "cpu") -> bool:
+    """Whether it is a contiguous tensor on `device` that starts on a 64-byte boundary."""
+    return tensor.is_contiguous() and tensor.device == torch.device(device) and tensor.data_ptr() % ALIGNMENT == 0
+
+
+def aligned(tensor: torch.Tensor, device: Device = "cpu") -> torch.Tensor:
+    """`tensor` itself where it is aligned on `device`, else a copy that is."""
+    return tensor if is_aligned(tensor, device) else empty(tensor.shape, tensor.dtype, device).copy_(tensor)
 
 
 def round_up(size: int) -> int:

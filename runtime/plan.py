@@ -1,4 +1,4 @@
-"""A program for one set of sizes: variants chosen, temporaries placed, and the tables that native code walks."""
+"""A program for one set of sizes: variants chosen, temporaries placed, and the tables that its kernels are called by."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Native:
-    """A run of native calls: rows `start` .. `start + count` - 1 of the step table."""
+    """A run of kernel calls: rows `start` .. `start + count` - 1 of the step table."""
 
     start: int
     count: int
@@ -53,15 +53,16 @@ class Eager:
 class Plan:
     """What to run for one set of sizes.
 
-    `steps` [calls, 3] holds kernel, args and dims addresses; `args` the pointers and `dims` the numbers they point to.
-    Pointer i is base `owners[i]` plus `offsets[i]` bytes, where base 0 is the arena and base 1 + j is `bound[j]`
-    (what may move between calls first, then the weights).
+    `steps` [calls, 3] holds the address of a kernel, and where its pointers start in `args` and its numbers in `dims`.
+    Pointer i is base `owners[i]` plus `offsets[i]` bytes, where base 0 is the arena, base 1 the counters and base 2 + j
+    is `bound[j]` (what may move between calls first, then the weights). `arena` and `counters` are sizes in bytes.
     `items` is the program in order; `names` has the step name of each item and, for a Native item, of each call in it.
     """
 
     shapes: dict[str, tuple[int, ...]]
     outputs: tuple[Window, ...]
     arena: int
+    counters: int
     places: dict[str, int]
     bound: tuple[str, ...]
     items: tuple[Native | Eager, ...]
@@ -156,9 +157,10 @@ def is_eager(kernel: str) -> bool:
 def make_plan(
     executable: Executable, sizes: Mapping[str, int], addresses: Mapping[str, int], bounds: Bounds | None = None
 ) -> Plan:
-    """The plan for `sizes`; `addresses` are the kernels' entries. ArtifactError for a program that does not fit.
+    """The plan for `sizes`; `addresses` are the kernels' entries, or what stands for them in the session's own tables.
 
-    `bounds`: what the kernels may touch, which is compared with what the calls give them.
+    `bounds`: what the kernels may touch, which is compared with what the calls give them. ArtifactError for a program
+    that does not fit.
     """
     numbers = _Numbers(sizes)
     shapes = {name: numbers.all(buffer.shape) for name, buffer in executable.buffers.items()}
@@ -179,7 +181,9 @@ def make_plan(
 
     fixed = [name for name in sorted(buffers) if buffers[name].kind == "weight"]
     bound = (*[name for name in sorted(buffers) if buffers[name].kind in ("input", "output", "state")], *fixed)
-    base = {name: index + 1 for index, name in enumerate(bound)}
+    counting = {w.buffer for args in windows for w in args if buffers[w.buffer].kind == "counter"}
+    counters = max((elements[name] * itemsize(buffers[name].dtype) for name in counting), default=0)
+    base = {name: index + 2 for index, name in enumerate(bound)} | dict.fromkeys(counting, 1)
     items: list[Native | Eager] = []
     names: list[tuple[str, ...]] = []
     rows: list[tuple[int, int, int]] = []
@@ -211,9 +215,7 @@ def make_plan(
 
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
     pointers, values = np.zeros(len(owners), dtype=np.int64), np.array(dims, dtype=np.int64)
-    table[:, 1] = table[:, 1] * 8 + pointers.ctypes.data
-    table[:, 2] = table[:, 2] * 8 + values.ctypes.data
     return Plan(
-        shapes, outputs, arena, places, bound, tuple(items), tuple(names), table, pointers, values,
-        np.array(owners, dtype=np.int64), np.array(offsets, dtype=np.int64),
+        shapes, outputs, arena, counters, places, bound, tuple(items), tuple(names),
+        table, pointers, values, np.array(owners, dtype=np.int64), np.array(offsets, dtype=np.int64),
     )  # fmt: skip

@@ -13,10 +13,11 @@ from qcompile.dtypes import DTYPES
 from qcompile.errors import ArtifactError
 from qcompile.runtime.check import check_graph
 from qcompile.runtime.inputs import LENGTH, Signature
+from qcompile.runtime.runner import Runner
 from qcompile.runtime.state import State
 
 
-class ReferenceSession:
+class ReferenceSession(Runner):
     """A graph in memory on a torch device, for any number of calls from any thread.
 
     `weights` are the tensors by name; `sizes` bounds the named sizes.
@@ -39,10 +40,6 @@ class ReferenceSession:
         self.signature = Signature(map(_port, graph.inputs), {b.name: b for b in graph.inputs}, dict(sizes or {}))
         self.functions: list[Callable[..., Any]] = [operators.reference(node.op) for node in graph.nodes]
         self.dead = _last_uses(graph)
-
-    def new_state(self, batch: int) -> State:
-        """An empty conversation of `batch` sequences."""
-        return State(self.states, batch, self.device)
 
     def __call__(
         self,

@@ -26,8 +26,8 @@ class State:
     def __init__(self, buffers: Iterable[Buffer], batch: int, device: torch.device | str = "cpu"):
         self.buffers, self.batch, self.device = tuple(buffers), batch, torch.device(device)
         self.capacity = self.length = 0
-        self.past = empty((1,), torch.int64).to(self.device)
-        self.first = empty((batch,), torch.int64).to(self.device)
+        self.past = empty((1,), torch.int64, self.device)
+        self.first = empty((batch,), torch.int64, self.device)
         self.tensors: dict[str, torch.Tensor] = {}
 
     @property
@@ -43,7 +43,7 @@ class State:
     def advance(self, slots: int) -> None:
         """Count `slots` more slots as filled."""
         self.length += slots
-        self.past.fill_(self.length)
+        self.past += slots
 
     def reserve(self, slots: int, most: int | None = None) -> None:
         """Make room for `slots` slots in all: the next power of two, at most `most`. What is filled stays."""
@@ -64,7 +64,7 @@ class State:
         for buffer in self.buffers:
             shape = [evaluate(dim, sizes) for dim in buffer.shape]
             # Zeros: a kernel may load a whole tile of slots, and 0 * whatever was there must be 0.
-            larger = empty(shape, DTYPES[buffer.dtype]).to(self.device)
+            larger = empty(shape, DTYPES[buffer.dtype], self.device)
             if self.length and CAPACITY in buffer.shape:
                 axis = buffer.shape.index(CAPACITY)
                 kept = self.tensors[buffer.name].narrow(axis, 0, self.length)
