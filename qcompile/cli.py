@@ -340,16 +340,20 @@ def formats(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the targets as JSON.")
 def targets(as_json: bool) -> None:
     """List the targets, and which of them run on this machine."""
-    from qcompile.target import CPU_LEVELS, target
+    from qcompile.target import CPU_LEVELS, PTX, cuda_names, gpu_capability, target
 
-    known = [*CPU_LEVELS.values(), target("reference")]
+    known = [*CPU_LEVELS.values(), *map(target, cuda_names()), PTX, target("reference")]
     native = next((item.name for item in known if not item.missing() and item.backend == "cpu"), None)
     table = [{"target": item.name, "runs here": not item.missing(), "missing": item.missing()} for item in known]
+    gpu = target("cuda").name if gpu_capability() is not None else None
     if as_json:
-        click.echo(json.dumps({"native": native, "targets": table}, indent=1))
+        click.echo(json.dumps({"native": native, "gpu": gpu, "targets": table}, indent=1))
         return
-    click.echo(f"cpu and cpu:native mean {native or 'nothing'} on this machine")
+    click.echo(f"cpu and cpu:native mean {native or 'nothing'} on this machine, cuda means {gpu or 'nothing'}")
     for item in known:
         lacks = ", ".join(item.missing())
         click.echo(f"{item.name:22} {f'here lacks {lacks}' if lacks else 'runs here'}")
-    click.echo("reference:DEVICE runs on any torch device; every CPU target can be compiled for anywhere")
+    click.echo("reference:DEVICE runs on any torch device; every other target can be compiled for anywhere")
+    click.echo(
+        "cuda:sm_80,sm_90 compiles for several GPUs at once; cuda:ptx, which newer ones run, is always with them"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qcompile.artifact import Artifact, Executable
-from qcompile.backend import Backend, CpuBackend, ReferenceBackend
+from qcompile.backend import Backend, CpuBackend, CudaBackend, ReferenceBackend
 from qcompile.capture import capture
 from qcompile.errors import ConfigError, LoweringError
 from qcompile.export import remember
@@ -20,6 +20,7 @@ from qcompile.passes.pipelines import CHECKED, FULL, pipeline
 from qcompile.planning import BYTES_AT_WORK, check
 from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.cache import build_kernels
+from qcompile.runtime.codes import build_codes
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
 from qcompile.sources import unmap
@@ -41,7 +42,7 @@ def compile(
     model: Any,
     config: Any = None,
     *,
-    target: str | Target = "cpu",
+    target: str | Target | Sequence[str] = "cpu",
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     accuracy: Accuracy = "exact",
@@ -62,6 +63,8 @@ def compile(
     or JSON, one of ours, or None for what the checkpoint says (nothing, for a float model). A .gguf file keeps its own blocks
     unless another method is asked for; then its dequantized weights are quantized again.
 
+    `target` is a CPU level, "reference", or GPUs by their capabilities: "cuda:sm_80,sm_90" makes one artifact with machine
+    code for both and PTX for newer ones, on any machine (see `qcompile.target`).
     `accuracy` is about weight-only formats on a CPU: "exact" computes with float32 activations, "int8" rounds the inputs of
     quantized linears to int8 in groups first. `strict` makes an operation without a kernel a LoweringError instead of a line
     in the report. `threads` is how many processors a CPU target uses when it runs here (None: all that the process may use).
@@ -86,7 +89,7 @@ def compile(
     report.target, report.accuracy = place.name, accuracy
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
-    backend: Backend = CpuBackend(accuracy) if place.backend == "cpu" else ReferenceBackend()
+    backend = _backend(place, accuracy)
     stage = None if work is None else Stage(Path(work))
     ctx = Context(
         report,
@@ -102,13 +105,13 @@ def compile(
     check(program, ctx)
     if max_memory is not None:
         _spill(program, max_memory, spill)
-    run_pipeline(program, pipeline(FULL if place.backend == "cpu" else CHECKED), ctx)
+    run_pipeline(program, pipeline(CHECKED if place.backend == "reference" else FULL), ctx)
     if method is not None and program.quantization_config is None and fuel is None:
         _has_effect(report)
     checkpoint, lost = remember(program)
     tensors, executable, kernels = program.tensors | lost, None, dict[str, "Built"]()
     bounds: Bounds | None = None
-    if place.backend == "cpu":
+    if place.backend != "reference":
         executable, weights = _lower(program, place, accuracy, strict)
         tensors |= weights
         kernels, bounds = _build(executable, place, progress)
@@ -178,21 +181,32 @@ def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Ca
     return lambda name, text: show(name, text) if "*" in names or name in names else None
 
 
+def _backend(place: Target, accuracy: str) -> Backend:
+    if place.backend == "cpu":
+        return CpuBackend(accuracy)
+    return CudaBackend() if place.backend == "cuda" else ReferenceBackend()
+
+
 def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tuple[Executable, dict[str, torch.Tensor]]:
     from qcompile.lowering.lower import lower
-    from qcompile.lowering.mlir.rules import rule_for
     from qcompile.lowering.pointwise import copier
 
+    if place.backend == "cuda":
+        from qcompile.lowering.triton.rules import rule_for
+    else:
+        from qcompile.lowering.mlir.rules import rule_for
     return lower(program, place, accuracy, rule_for, copier, strict=strict)
 
 
 def _build(
     executable: Executable, place: Target, progress: Callable[[str, str], None] | None
 ) -> tuple[dict[str, Built], Bounds]:
-    from qcompile.lowering.mlir.build import Builder
+    from qcompile.lowering.builders import builder_for
 
-    builder = Builder(progress)
+    builder = builder_for(place, progress)
     bounds = Bounds.of(executable.kernels, builder, ours=True)
+    if place.backend == "cuda":
+        return build_codes(executable.kernels, place.codes(), builder), bounds
     return build_kernels(executable.kernels, place.name, builder), bounds
 
 

@@ -99,7 +99,7 @@ def plan(
     model: Any,
     config: Any = None,
     *,
-    target: str | Target = "cpu",
+    target: str | Target | Sequence[str] = "cpu",
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> Plan:

@@ -65,7 +65,7 @@ class Target:
             found = gpu_capability()
             if found is None:
                 return ("an NVIDIA GPU with a driver",)
-            return () if code_for(found, self.codes()) else (f"a GPU of capability {PTX.capability / 10} or higher",)
+            return () if code_for(found, self.codes()) else (f"a GPU of capability {LEAST_CAPABILITY / 10} or higher",)
         machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
         if not self.triple.startswith(machine):
             return (self.triple.split("-")[0],)
@@ -92,7 +92,9 @@ CPU_LEVELS: dict[str, Target] = {
 
 
 CUDA_CAPABILITIES = (80, 86, 89, 90, 100, 120)
-PTX = Target("cuda:ptx", "cuda", device="cuda", capabilities=(80,), portable=True)
+LEAST_CAPABILITY = 80
+# Its instructions are those of 8.0, its tiles those of 8.6: newer GPUs need not have the shared memory of 8.0.
+PTX = Target("cuda:ptx", "cuda", device="cuda", capabilities=(86,), portable=True)
 INTERPRET = Target("cuda:interpret", "cuda", capabilities=(0,))
 
 
@@ -116,7 +118,7 @@ def code_for(capability: int, codes: Sequence[Target]) -> Target | None:
     ]  # fmt: skip
     if compatible:
         return max(compatible, key=lambda code: code.capability)
-    return next((code for code in codes if code.portable and code.capability <= capability), None)
+    return next((code for code in codes if code.portable and capability >= LEAST_CAPABILITY), None)
 
 
 @functools.cache
@@ -170,11 +172,12 @@ def target(name: str | Target | Sequence[str]) -> Target:
         return Target(name, "reference", device=rest or "cpu")
     if head == "cuda":
         return _cuda_target(rest)
-    known = ("cpu", "cpu:native", *CPU_LEVELS, "cuda", *_cuda_names(), "reference")
+    known = ("cpu", "cpu:native", *CPU_LEVELS, "cuda", *cuda_names(), "reference")
     raise ConfigError(f"no target is called '{name}'{near(name, known)}", found=repr(name), expected=", ".join(known))
 
 
-def _cuda_names() -> list[str]:
+def cuda_names() -> list[str]:
+    """The targets of one capability each."""
     return [f"cuda:sm_{capability}" for capability in CUDA_CAPABILITIES]
 
 
@@ -188,20 +191,20 @@ def _cuda_target(rest: str) -> Target:
         if found is None:
             raise ConfigError(
                 "this machine has no NVIDIA GPU with a driver", found="target 'cuda'", expected="a GPU to compile for",
-                remedy="name what to compile for: " + ", ".join(_cuda_names()),
+                remedy="name what to compile for: " + ", ".join(cuda_names()),
             )  # fmt: skip
         code = code_for(found, (*(_cuda(known) for known in CUDA_CAPABILITIES), PTX))
         if code is None:
             raise ConfigError(
                 "this machine's GPU is too old",
                 found=f"capability {found / 10}",
-                expected=f"{PTX.capability / 10} or more",
+                expected=f"{LEAST_CAPABILITY / 10} or more",
             )
         return code
     named = set()
     for item in rest.split(","):
         if item not in {f"sm_{known}" for known in CUDA_CAPABILITIES}:
-            known = _cuda_names()
+            known = cuda_names()
             raise ConfigError(
                 f"no target is called 'cuda:{item}'{near(f'cuda:{item}', known)}",
                 found=repr(f"cuda:{rest}"), expected=", ".join(known) + ", several with commas between",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qcompile import codec
-from qcompile.artifact import Built, Extents, KernelSpec
+from qcompile.artifact import Built, Extents, KernelSpec, Launch
 from qcompile.errors import ArtifactError
 
 log = logging.getLogger("qcompile")
@@ -77,6 +77,7 @@ class _Entry:
     source: str
     entry: str
     object: str
+    launch: Launch | None = None
 
 
 def _read(path: Path) -> Built | None:
@@ -95,7 +96,7 @@ def _read(path: Path) -> Built | None:
         if hashlib.sha256(text).hexdigest().encode() != digest:
             raise ArtifactError("the digest differs", where=path.name)
         entry = codec.decode(_Entry, codec.parse(text, path.name), path.name)
-        return Built(entry.source, bytes.fromhex(entry.object), entry.entry)
+        return Built(entry.source, bytes.fromhex(entry.object), entry.entry, entry.launch)
     except (ArtifactError, ValueError) as error:
         log.warning("a cached kernel is damaged and made anew: %s", error)
         path.unlink(missing_ok=True)
@@ -104,7 +105,7 @@ def _read(path: Path) -> Built | None:
 
 def _write(path: Path, kernel: Built) -> None:
     """Put an entry in place as a whole; whoever writes the same key writes the same kernel."""
-    text = codec.render(codec.encode(_Entry(kernel.source, kernel.entry, kernel.object.hex())))
+    text = codec.render(codec.encode(_Entry(kernel.source, kernel.entry, kernel.object.hex(), kernel.launch)))
     try:
         descriptor, staged = tempfile.mkstemp(prefix=".", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:

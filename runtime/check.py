@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qcompile import dims, operators
-from qcompile.artifact import Artifact, Buffer, Call, Executable, Graph, Port, View, WeightRecord
+from qcompile.artifact import Artifact, Buffer, Call, Executable, Graph, Launch, Port, View, WeightRecord
 from qcompile.dims import Dim
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import ArtifactError, QCompileError, near
@@ -17,6 +17,8 @@ from qcompile.runtime.inputs import check_indices
 
 MAX_STEPS, MAX_RANK, MAX_DEPTH = 1_000_000, 16, 32
 KERNEL_NAME = re.compile(r"[a-z0-9_-]{1,128}")
+MAX_SCRATCH = 8  # null pointers behind the arguments of a GPU kernel
+NUMBER = re.compile(r"d[0-9]{1,3}")
 
 
 class _Dims:
@@ -81,6 +83,17 @@ def check_executable(program: Executable) -> None:
             known(step.name, *([] if variant.when is None else [variant.when[0]]))
             for call in variant.calls:
                 _call(program, step.name, call, known)
+
+
+def check_launches(entries: Iterable[str], launches: Mapping[str, Launch], gpu: bool) -> None:
+    """ArtifactError unless the kernels in `entries` can be started as `launches` says: all of them for a GPU, else none."""
+    for name in sorted(launches.keys() ^ (set(entries) if gpu else set())):
+        raise _fail("a kernel's launch is missing, or belongs to nothing", name)
+    for name, launch in launches.items():
+        numbers = (launch.shared, launch.scratch, launch.stages, launch.registers, launch.spills)
+        sound = 1 <= launch.warps <= 32 and launch.scratch <= MAX_SCRATCH and min(numbers) >= 0
+        if not sound or not all(NUMBER.fullmatch(used) for dim in launch.grid for used in dims.names(dim)):
+            raise _fail("a kernel cannot be started so", name, launch)
 
 
 def _ports(program: Executable, ports: tuple[Port, ...], kind: str | None, known: _Dims) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from qcompile import codec
-from qcompile.artifact import Artifact, Built, Graph
+from qcompile.artifact import Artifact, Built, Graph, Launch
 from qcompile.errors import ArtifactError
-from qcompile.runtime.check import check_artifact
+from qcompile.runtime.check import check_artifact, check_launches
+from qcompile.runtime.codes import codes_of, file_names, parts
 from qcompile.runtime.folder import WEIGHTS, Content, open_folder, write_folder
 from qcompile.runtime.tensors import read_tensors, write_tensors
 
@@ -23,7 +24,8 @@ from qcompile.runtime.tensors import read_tensors, write_tensors
 class Contents:
     """All of an artifact: the data, `tensors` by name, the `kernels` that came with it, `report`, graph `snapshots`.
 
-    `kernels` is empty when it was read without trusting the objects; `sources` has their texts in any case.
+    `kernels` is empty when it was read without trusting the objects; `sources` has their texts in any case. Kernels for
+    GPUs go by the names that `qcompile.runtime.codes.coded` gives: one for each machine code.
     """
 
     artifact: Artifact
@@ -46,13 +48,15 @@ def write(path: str | Path, contents: Contents) -> None:
     if artifact.graph is not None:
         files["graph.json"] = codec.render(codec.encode(artifact.graph))
     for name, kernel in contents.kernels.items():
-        files[f"kernel-{name}.mlir"] = kernel.source.encode()
-        files[f"kernel-{name}.o"] = kernel.object
+        text, object = file_names(name)
+        files |= {text: kernel.source.encode(), object: kernel.object}
     order = list(contents.snapshots)
     for name, text in contents.snapshots.items():
         files[f"after-{name}.txt"] = text.encode()
     entries = {name: kernel.entry for name, kernel in contents.kernels.items()}
-    write_folder(Path(path), {"entries": entries, "snapshots": order, "target": artifact.target}, files)
+    launches = {name: kernel.launch for name, kernel in contents.kernels.items() if kernel.launch is not None}
+    head = codec.encode(_Head(entries, tuple(order), artifact.target, launches))
+    write_folder(Path(path), head, files)
 
 
 def read(path: str | Path, *, trusted: bool = False, verify: bool = True) -> Contents:
@@ -78,19 +82,25 @@ def read(path: str | Path, *, trusted: bool = False, verify: bool = True) -> Con
                 expected=head.target,
             )
         known = {"program.json", "report.json", "graph.json", WEIGHTS}
-        known |= {f"kernel-{name}.{end}" for name in head.entries for end in ("mlir", "o")}
+        files = {name: file_names(name) for name in head.entries}
+        known |= {file for pair in files.values() for file in pair}
         known |= {f"after-{name}.txt" for name in head.snapshots}
         for name in folder:
             if name not in known:
                 raise ArtifactError("a file belongs to nothing", where=name)
         specs = artifact.executable.kernels if artifact.executable is not None else {}
-        for name in head.entries:
-            if name not in specs:
-                raise ArtifactError("a kernel belongs to nothing", where=f"kernel-{name}.o")
-        sources = {name: _text(folder.read(f"kernel-{name}.mlir"), f"kernel-{name}.mlir") for name in head.entries}
-        objects = {name: folder.read(f"kernel-{name}.o") for name in head.entries}
+        codes = codes_of(artifact.target)
+        for name, (_, object) in files.items():
+            kernel, code = parts(name)
+            if kernel not in specs or code not in codes:
+                raise ArtifactError("a kernel belongs to nothing", where=object)
+        check_launches(head.entries, head.launches, artifact.target.startswith("cuda"))
+        sources = {name: _text(folder.read(text), text) for name, (text, _) in files.items()}
+        objects = {name: folder.read(object) for name, (_, object) in files.items()}
         entries = head.entries if trusted else {}
-        kernels = {name: Built(sources[name], objects[name], entry) for name, entry in entries.items()}
+        kernels = {
+            name: Built(sources[name], objects[name], entry, head.launches.get(name)) for name, entry in entries.items()
+        }
         snapshots = {name: _text(folder.read(f"after-{name}.txt"), f"after-{name}.txt") for name in head.snapshots}
         tensors = read_tensors(folder.map(WEIGHTS, verify))
         check_artifact(artifact, tensors)
@@ -99,11 +109,13 @@ def read(path: str | Path, *, trusted: bool = False, verify: bool = True) -> Con
 
 @dataclass(frozen=True)
 class _Head:
-    """The manifest's own fields: the function in each kernel object, the snapshots in order, the target."""
+    """The manifest's own fields: the function in each kernel object, the snapshots in order, the target, and how the
+    kernels for GPUs are started."""
 
     entries: dict[str, str]
     snapshots: tuple[str, ...]
     target: str
+    launches: dict[str, Launch] = field(default_factory=dict)
 
 
 def _text(data: bytes, where: str) -> str:

@@ -56,7 +56,7 @@ def path(tmp_path):
 def test_kernels_are_made_anew_once(path, tmp_path):
     builder, cache = Builder(), tmp_path / "cache"
     for _ in range(2):
-        model = load(path, builder=builder, cache=cache, threads=1)
+        model = load(path, builder_for=lambda _: builder, cache=cache, threads=1)
         assert torch.equal(model(x=X)["y"], Y) and torch.equal(model(X).y, Y)
     assert builder.built == ["add"]
     assert stat.S_IMODE((cache / "kernels").stat().st_mode) == 0o700
@@ -77,7 +77,7 @@ def test_without_a_compiler_the_error_says_what_to_do(path, tmp_path):
         load(path)
     failing = Builder(ToolchainError("compiling for a CPU needs torch-mlir", found="no module"))
     with pytest.raises(ToolchainError, match=r"compiling for a CPU needs torch-mlir[\s\S]*" + re.escape(remedy)):
-        load(path, builder=failing, cache=tmp_path)
+        load(path, builder_for=lambda _: failing, cache=tmp_path)
 
 
 def test_targets_that_do_not_fit(path, tmp_path):
@@ -104,19 +104,19 @@ def test_an_artifact_without_objects_is_not_trusted_silently(tmp_path):
     CompiledModel(Contents(made.artifact, made.tensors)).save(tmp_path / "m.qc")
     with pytest.raises(ArtifactError, match=r"the artifact holds no object for a kernel[\s\S]*add"):
         load(tmp_path / "m.qc", native="trusted")
-    assert torch.equal(load(tmp_path / "m.qc", builder=Builder(), cache=tmp_path)(X)["y"], Y)
+    assert torch.equal(load(tmp_path / "m.qc", builder_for=lambda _: Builder(), cache=tmp_path)(X)["y"], Y)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "json"])
 def test_a_damaged_cache_entry_is_made_anew(path, tmp_path, damage, caplog):
-    load(path, builder=Builder(), cache=tmp_path)
+    load(path, builder_for=lambda _: Builder(), cache=tmp_path)
     (entry,) = (tmp_path / "kernels").glob("*.kernel")
     data = bytearray(entry.read_bytes())
     data[len(data) // 2] ^= 1
     entry.write_bytes({"flip": bytes(data), "cut": bytes(data[:90]), "empty": b"", "json": b"0" * 64 + b"\n[]"}[damage])
     builder = Builder()
     with caplog.at_level(logging.WARNING, "qcompile"):
-        assert torch.equal(load(path, builder=builder, cache=tmp_path)(X)["y"], Y)
+        assert torch.equal(load(path, builder_for=lambda _: builder, cache=tmp_path)(X)["y"], Y)
     assert builder.built == ["add"] and "damaged" in caplog.text
 
 
@@ -125,7 +125,7 @@ def test_a_cache_that_others_may_write_is_not_used(path, tmp_path, caplog):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels").chmod(0o777)
     with caplog.at_level(logging.WARNING, "qcompile"):
-        load(path, builder=Builder(), cache=tmp_path)
+        load(path, builder_for=lambda _: Builder(), cache=tmp_path)
     assert "others may write" in caplog.text and not list((tmp_path / "kernels").iterdir())
 
 
