@@ -20,7 +20,14 @@ from qcompile.lowering.base import Refuse
 from qcompile.lowering.triton.source import Source
 from qcompile.target import Target
 
-TEMPLATES: dict[str, str] = {}
+TEMPLATES: dict[str, str] = {
+    "activation": "activation",
+    "attention": "attention_prefill",
+    "attention-combine": "combine",
+    "attention-decode": "attention_decode",
+    "cache-write": "cache_write",
+    "rope": "rope",
+}
 
 
 def emit(spec: KernelSpec, target: Target) -> Source:

@@ -1,0 +1,221 @@
+"""Rows of x as a linear wants them: the template "activation", which normalises, transforms and rounds them.
+
+One program makes one row; it holds it in its registers. The result is rows of codes with their scales, or of floats. Where
+columns with outliers stay floats (LLM.int8), those are a second result: their numbers, and zeros in all other columns.
+Which columns these are depends on all rows: with few rows each program looks at all of them, else the template
+"outlier-columns" has looked before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qcompile.artifact import Extent
+from qcompile.formats.native import native_codes
+from qcompile.lowering.extents import numbers, outside
+from qcompile.lowering.triton.linear_params import Norm
+from qcompile.lowering.triton.source import Source
+from qcompile.lowering.triton.text import cast, module
+from qcompile.lowering.triton.transforms import ELEMENTS, Row, helpers
+from qcompile.row_transforms import LONGEST, problem
+from qcompile.target import Target
+from qcompile.transform import Transform, transform_from_json
+from qcompile.transforms.linear import Permute
+from qcompile.transforms.llm_int8 import LlmInt8
+from qcompile.transforms.round_float import RoundFloat
+from qcompile.transforms.round_int import RoundInt
+
+TEMPLATE = "activation"
+Out = Literal["codes", "f32", "bf16", "f16"]
+
+
+@dataclass(frozen=True)
+class Params:
+    """`transforms` (JSON) of rows of `k` inputs behind the norm `prologue`; "codes" or floats come `out`.
+
+    Rows of codes are filled with zeros to `padded` of them. `outliers` says who finds the columns of LLM.int8: "self", the
+    program itself, or "given", another kernel; "none" where the last transform is no such. They stay of dtype `rest`.
+    """
+
+    k: int
+    padded: int
+    prologue: Norm | None
+    transforms: tuple[dict[str, Any], ...]
+    out: Out
+    outliers: Literal["none", "self", "given"] = "none"
+    rest: Literal["bf16", "f16"] = "bf16"
+
+    @functools.cached_property
+    def steps(self) -> tuple[Transform, ...]:
+        return tuple(transform_from_json(data) for data in self.transforms)
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row of codes."""
+        found = native_codes(self.steps)
+        assert not isinstance(found, str)
+        return -(-self.k // found[1]) if found[1] else 1
+
+    def problem(self) -> str:
+        last = self.steps[-1] if self.steps else None
+        is_llm = isinstance(last, LlmInt8) and last.threshold > 0
+        found = native_codes(self.steps) if self.out == "codes" else ""
+        return outside(
+            self,
+            k=1 <= self.k <= LONGEST,
+            padded=self.k <= self.padded < self.k + 128 and (self.out == "codes" or self.padded == self.k),
+            outliers=is_llm == (self.outliers != "none") and (self.out == "codes" or not is_llm),
+            out=not (isinstance(found, str) and found),
+        ) or problem(self.steps, self.k)
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    (m,) = numbers(dims, 1)
+    out = [Extent("f32", m * params.k), *Norm.extents(params.prologue, params.k)]
+    for each in params.steps:
+        out += [Extent(stored.dtype, _count(stored.shape)) for stored in each.stored(params.k)]
+    if params.outliers == "given":
+        out.append(Extent("u8", params.padded))
+    out.append(Extent(_element(params), m * params.padded, True))
+    if params.out == "codes":
+        out.append(Extent("f32", m * params.groups, True))
+    if params.outliers != "none":
+        out.append(Extent(params.rest, m * params.padded, True))
+    return [*out, Extent("u8", params.padded, True)] if params.outliers == "self" else out
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _element(params: Params) -> str:
+    """The dtype of the first result."""
+    if params.out != "codes":
+        return params.out
+    return "i8" if native_codes(params.steps)[0] == "int" else "u8"
+
+
+def emit(params: dict[str, Any], target: Target) -> Source:
+    """Args: x f32 [M, K], the norm's tensors, those of the transforms, the columns u8 [padded] if given; then what is written:
+    codes [M, padded] and scales f32 [M, groups], or rows; floats of the columns with outliers [M, padded], and which columns
+    those are, if the programs find them. Dims: M.
+    """
+    made = _Text(_parsed(params), target)
+    return made.source()
+
+
+def _parsed(params: dict[str, Any]) -> Params:
+    norm = Norm(**params["prologue"]) if params["prologue"] else None
+    return Params(**{**params, "prologue": norm, "transforms": tuple(params["transforms"])})
+
+
+class _Text:
+    """The text of one kernel."""
+
+    def __init__(self, p: Params, target: Target):
+        self.p, self.target = p, target
+        self.block = max(1 << (p.padded - 1).bit_length(), 16)
+        self.norms = ["norm_weight", "norm_bias"][: 0 if p.prologue is None else 1 + (p.prologue.op == "layer_norm")]
+        self.stored = [[f"t{i}_{stored.name}" for stored in each.stored(p.k)] for i, each in enumerate(p.steps)]
+        self.is_llm = p.outliers != "none"
+
+    def source(self) -> Source:
+        p, arguments = self.p, self._arguments()
+        lines = ["m = tl.program_id(0).to(tl.int64)", f"at = tl.arange(0, {self.block})", f"inside = at < {p.k}"]
+        lines.append(
+            "place = tl.load(t0_order + at, mask=inside, other=0).to(tl.int32)" if self._permuted else "place = at"
+        )
+        if p.outliers == "self":
+            lines += self._columns()
+        elif p.outliers == "given":
+            lines.append(f"column = tl.load(columns + at, mask=at < {p.padded}, other=0) != 0")
+        row = self._row("m")
+        lines += row.lines
+        lines += self._codes(row) if p.out == "codes" else self._rows(row)
+        about = f"{self._summary()}\n\nOne program a row of {p.k} inputs."
+        names = [name for name, _ in arguments]
+        text = module("activation", about, names, 1, "\n".join(lines), self.target, helpers(lines))
+        warps = min(max(self.block // 1024, 1), 16)
+        warps = 1 << (warps - 1).bit_length()
+        return Source(text, "activation", tuple(dtype for _, dtype in arguments), 1, ("d0", 1, 1), warps, 1)
+
+    def _arguments(self) -> list[tuple[str, str]]:
+        p = self.p
+        out = [("x", "f32"), *((name, "f32") for name in self.norms)]
+        for each, names in zip(p.steps, self.stored, strict=True):
+            out += [(name, stored.dtype) for name, stored in zip(names, each.stored(p.k), strict=True)]
+        out += [("columns", "u8")] * (p.outliers == "given")
+        out.append(("codes" if p.out == "codes" else "y", _element(p)))
+        out += [("scales", "f32")] * (p.out == "codes") + [("rest", p.rest)] * self.is_llm
+        return out + [("columns", "u8")] * (p.outliers == "self")
+
+    def _summary(self) -> str:
+        steps = [self.p.prologue.op] if self.p.prologue else []
+        return "y[m, :] = " + ", then ".join([*steps, *(each.summary() for each in self.p.steps)]) + " of x[m, :]"
+
+    @property
+    def _permuted(self) -> bool:
+        return bool(self.p.steps) and isinstance(self.p.steps[0], Permute)
+
+    def _row(self, m: str) -> Row:
+        """The text of row m before its last rounding, where that gives codes."""
+        p = self.p
+        row = Row(self.block, p.k, self.target)
+        row.set(f"tl.load(x + {m} * {p.k} + place, mask=inside, other=0)")
+        if p.prologue is not None and p.prologue.op == "rms_norm":
+            row.norm(p.prologue.eps, "norm_weight", f" + {p.prologue.offset!r}" if p.prologue.offset else "", "place")
+        elif p.prologue is not None:
+            row.layer_norm(p.prologue.eps, "norm_weight", "norm_bias", "place")
+        for each, names in list(zip(p.steps, self.stored, strict=True))[: -1 if p.out == "codes" else None]:
+            row.apply(each, names)
+        return row
+
+    def _rows(self, row: Row) -> list[str]:
+        value = cast(row.value, self.p.out, self.target)
+        return [f"tl.store(y + m * {self.p.k} + at, {value}, mask=inside)"]
+
+    def _codes(self, row: Row) -> list[str]:
+        p, last = self.p, self.p.steps[-1]
+        first, lines = len(row.lines), list[str]()
+        if isinstance(last, LlmInt8):
+            made = row.outliers(last, "column" if self.is_llm else "")
+        if self.is_llm:
+            rest = f"tl.where(column, {row.value}, 0.0)"
+            lines.append(
+                f"tl.store(rest + m * {p.padded} + at, {cast(rest, p.rest, self.target)}, mask=at < {p.padded})"
+            )
+        if isinstance(last, RoundInt | RoundFloat):
+            made = row.codes(last, self.stored[-1])
+        if isinstance(last, RoundFloat):
+            lowest, mantissa = ELEMENTS[last.element]
+            code = f"small_bits({made.code}, {lowest}, {mantissa}).to(tl.uint8)"
+        else:
+            code = f"{made.code}.to(tl.int8)"
+        flat = f"tl.reshape({code}, ({self.block},))" if made.size else code
+        # Groups fill up with zeros, whose code is 0.
+        lines.append(f"tl.store(codes + m * {p.padded} + at, {flat}, mask=at < {p.padded})")
+        if made.size:
+            count = self.block // made.size
+            lines.append(f"group = tl.arange(0, {count})")
+            scale = f"tl.reshape({made.scale}, ({count},))"
+            lines.append(f"tl.store(scales + m * {p.groups} + group, {scale}, mask=group < {p.groups})")
+        else:
+            lines.append(f"tl.store(scales + m, {made.scale})")
+        return [*row.lines[first:], *lines]
+
+    def _columns(self) -> list[str]:
+        """Finds the columns that hold an outlier in any row."""
+        p, last = self.p, self.p.steps[-1]
+        assert isinstance(last, LlmInt8)
+        row = self._row("r")
+        outlier = row.is_outlier(last)
+        lines = [f"found = tl.zeros(({self.block},), tl.int32)", "for r in range(0, d0):"]
+        lines += [f"    {line}" for line in (*row.lines, f"found = found | {outlier}.to(tl.int32)")]
+        store = f"tl.store(columns + at, found.to(tl.uint8), mask=at < tl.where(m == 0, {p.padded}, 0))"
+        return [*lines, "column = found != 0", store]
