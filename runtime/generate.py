@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
-from qcompile.artifact import Buffer
 from qcompile.errors import ConfigError
-from qcompile.runtime.inputs import Signature
-from qcompile.runtime.state import State
+from qcompile.runtime.runner import Outputs, Runner
 
-
-class Runner(Protocol):
-    """A session, whatever runs it."""
-
-    signature: Signature
-    states: tuple[Buffer, ...]
-
-    def new_state(self, batch: int) -> State: ...
-
-    def __call__(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        state: State | None = None,
-        out: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]: ...
+SHARE_UNIT = 2.0**40  # shares are summed as integers of this part: the same sum in any order
 
 
 @dataclass(frozen=True)
@@ -57,17 +42,24 @@ def shares(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
         ordered, places = torch.sort(logits, descending=True)
-        share = torch.softmax(ordered, dim=-1)
-        outside = share.cumsum(-1) - share >= sampling.top_p  # the first token is always inside
+        share = _counted(torch.softmax(ordered, dim=-1))
+        outside = share.cumsum(-1) - share >= int(sampling.top_p * SHARE_UNIT)  # the first token is always inside
         logits = logits.scatter(-1, places, ordered.masked_fill(outside, -torch.inf))
     return torch.softmax(logits, dim=-1)
 
 
-def choose(logits: torch.Tensor, sampling: Sampling | None) -> torch.Tensor:
-    """The next token i64 [b] for logits [b, vocabulary]: the likeliest, or one drawn."""
-    if sampling is None:
+def choose(logits: torch.Tensor, sampling: Sampling | None, chance: torch.Tensor | None = None) -> torch.Tensor:
+    """The next token i64 [b] for logits [b, vocabulary]: the likeliest, or the one that `chance` f64 [b] in [0, 1) draws."""
+    if sampling is None or chance is None:
         return logits.argmax(-1)
-    return torch.multinomial(shares(logits, sampling), 1, generator=sampling.generator)[:, 0]
+    below = _counted(shares(logits, sampling)).cumsum(-1)
+    drawn = (chance[:, None] * below[:, -1:]).long()
+    # A product may round up to the sum of all.
+    return (below <= drawn.minimum(below[:, -1:] - 1)).sum(-1)
+
+
+def _counted(share: torch.Tensor) -> torch.Tensor:
+    return (share.double() * SHARE_UNIT).long()
 
 
 def first_tokens(mask: torch.Tensor | None, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,6 +89,44 @@ def _ends(token_ids: int | Sequence[int] | None) -> torch.Tensor | None:
     return torch.tensor([token_ids] if isinstance(token_ids, int) else list(token_ids), dtype=torch.int64)
 
 
+class _Following:
+    """Which token follows, on the session's device: the inputs of the next step, and the rows that have ended.
+
+    `prompt` counts the tokens of each row. A row that ended with one of `ends` is filled with `pad`.
+    """
+
+    def __init__(
+        self, prompt: torch.Tensor, sampling: Sampling | None, most: int, ends: torch.Tensor | None, pad: int,
+        device: torch.device,
+    ):  # fmt: skip
+        batch = len(prompt)
+        self.sampling, self.pad = sampling, pad
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.positions = (prompt[:, None] - 1).to(device)
+        keep = torch.zeros(1, dtype=torch.int64, device=device)
+        self.inputs = {"input_ids": self.tokens, "position_ids": self.positions, "keep": keep}
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.ends = None if ends is None else ends.to(device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self.chances: torch.Tensor | None = None
+        if sampling is not None:
+            source = sampling.generator
+            where = "cpu" if source is None else source.device
+            chances = torch.rand(most, batch, dtype=torch.float64, generator=source, device=where)
+            self.chances = chances.to(device)
+
+    def __call__(self, outputs: Outputs) -> None:
+        chance = None if self.chances is None else self.chances.index_select(0, self.at)[0]
+        tokens = choose(outputs["logits"][:, 0], self.sampling, chance)
+        if self.ends is not None:
+            tokens = tokens.masked_fill(self.ended, self.pad)
+            self.ended |= (tokens[:, None] == self.ends).any(1)
+        self.tokens.copy_(tokens[:, None])
+        self.positions += 1
+        self.at += 1
+
+
+@torch.no_grad()
 def generate(
     run: Runner,
     input_ids: torch.Tensor,
@@ -111,7 +141,7 @@ def generate(
     """The prompts i64 [b, s] and what follows them, [b, s + new]; a row that ended is filled with the pad token.
 
     `streamer` is called with each step's tokens [b]; or it has put() (also given the prompts, first) and end(), as
-    transformers' streamers do.
+    transformers' streamers do. The result and what a streamer gets are on the CPU.
     """
     if max_new_tokens < 1:
         raise ConfigError("max_new_tokens is out of range", found=max_new_tokens, expected="1 or more")
@@ -131,24 +161,23 @@ def generate(
     state.reserve(length + max_new_tokens, run.signature.longest)
     position = (torch.arange(length) - first[:, None]).clamp(min=0)
     inputs = {"input_ids": input_ids, "position_ids": position, "keep": torch.tensor([length - 1])}
-    out = run(inputs, state)
-    step = {"input_ids": torch.zeros(batch, 1, dtype=torch.int64), "position_ids": count[:, None].clone()}
-    step["keep"] = torch.zeros(1, dtype=torch.int64)
-    made: list[torch.Tensor] = []
+    following = _Following(count, sampling, max_new_tokens, ends, pad, run.device)
+    advance = run.repeated(following.inputs, state, following)
+    following(run(inputs, state))
+    coming = deque([run.fetch(following.tokens)])
+    started, made = 1, list[torch.Tensor]()
     ended = torch.zeros(batch, dtype=torch.bool)
-    while True:
-        tokens = choose(out["logits"][:, 0], sampling).cpu()
+    while len(made) < max_new_tokens and not bool(ended.all()):
+        # A device that works by itself is given the next step before this one's tokens are looked at.
+        while started < max_new_tokens and started - len(made) <= run.ahead:
+            advance()
+            coming.append(run.fetch(following.tokens))
+            started += 1
+        made.append(coming.popleft()()[:, 0])
         if ends is not None:
-            tokens = tokens.masked_fill(ended, pad)
-            ended |= torch.isin(tokens, ends)
-        made.append(tokens)
+            ended |= torch.isin(made[-1], ends)
         if put is not None:
-            put(tokens)
-        if len(made) == max_new_tokens or (ends is not None and bool(ended.all())):
-            break
-        step["input_ids"].copy_(tokens[:, None])
-        out = run(step, state, out)
-        step["position_ids"] += 1
+            put(made[-1])
     if put is not None and put is not streamer:
         cast(Any, streamer).end()
     return torch.cat([input_ids.cpu(), torch.stack(made, dim=1)], dim=1)

@@ -16,10 +16,15 @@ from qcompile.artifact import KernelSpec, TransformRecord
 from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.report import Report
 from qcompile.runtime.bounds import Bounds
-from qcompile.runtime.generate import Runner, Sampling, first_tokens, generate
+from qcompile.runtime.codes import parts
+from qcompile.runtime.codes import code_here, one_code
+from qcompile.runtime.cuda import CudaDevice
+from qcompile.runtime.cuda_session import CudaSession
+from qcompile.runtime.generate import Sampling, first_tokens, generate
 from qcompile.runtime.inputs import check_indices
 from qcompile.runtime.output import Output, structured
 from qcompile.runtime.reference import ReferenceSession
+from qcompile.runtime.runner import Runner
 from qcompile.runtime.session import Session
 from qcompile.runtime.state import State
 from qcompile.runtime.store import Contents, write
@@ -72,9 +77,12 @@ class CompiledModel:
             raise ArtifactError(
                 "the artifact is for another machine", found=found, expected=self.target.name, remedy=remedy
             )
-        executable, tensors = self.artifact.executable, self.contents.tensors
-        kernels, threads = self.contents.kernels, self.threads
-        return Session(executable, tensors, kernels, sizes=sizes, threads=threads, bounds=self.bounds)
+        executable, tensors, kernels = self.artifact.executable, self.contents.tensors, self.contents.kernels
+        if self.target.backend == "cuda":
+            code = code_here(self.target)
+            kernels = one_code(kernels, executable.kernels, code)
+            return CudaSession(executable, tensors, kernels, CudaDevice(), sizes=sizes, bounds=self.bounds)
+        return Session(executable, tensors, kernels, sizes=sizes, threads=self.threads, bounds=self.bounds)
 
     def __call__(self, *args: torch.Tensor, **inputs: Any) -> Any:
         """What the source model returns for the same inputs, positional or by name.
@@ -140,7 +148,7 @@ class CompiledModel:
         if position_ids is None:
             position_ids = torch.arange(past, past + length).expand(batch, length)
             if self.artifact.model_config.get("model_type") in FROM_FIRST_TOKEN:
-                position_ids = (position_ids - state.first[:, None]).clamp(min=0)
+                position_ids = (position_ids - state.first[:, None].cpu()).clamp(min=0)
         if isinstance(logits_to_keep, torch.Tensor):
             check_indices("logits_to_keep", logits_to_keep, length)
             keep = logits_to_keep.long()
@@ -179,8 +187,7 @@ class CompiledModel:
         sampling = None
         if do_sample:
             if generator is None and seed is not None:
-                device = self.target.device if self.target.backend == "reference" else "cpu"
-                generator = torch.Generator(device).manual_seed(seed)
+                generator = torch.Generator().manual_seed(seed)
             sampling = Sampling(temperature, top_k, top_p, generator)
         defaults = self.artifact.generation
         eos = defaults.get("eos_token_id") if eos_token_id is None else eos_token_id
@@ -250,13 +257,11 @@ class CompiledModel:
         return snapshots[name]
 
     def kernels(self) -> dict[str, Kernel]:
-        """The kernels by name."""
-        executable, sources = self.artifact.executable, self.contents.sources
+        """The kernels by name; those for GPUs once for each machine code, "linear_1a2b.sm_90"."""
+        executable = self.artifact.executable
         specs = executable.kernels if executable is not None else {}
-        built = self.contents.kernels
-        return {
-            name: Kernel(built[name].source if name in built else sources.get(name, ""), s) for name, s in specs.items()
-        }
+        texts = dict(self.contents.sources) | {name: kernel.source for name, kernel in self.contents.kernels.items()}
+        return {name: Kernel(text, specs[parts(name)[0]]) for name, text in texts.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the artifact: a folder that `load` reads, the same bytes for the same model."""

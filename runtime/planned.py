@@ -75,7 +75,7 @@ class PlannedSession(Runner):
                 "a kernel is missing", found=", ".join(missing[:5]), expected="every kernel that a step calls"
             )
         self._addresses = self._load({name: kernels[name] for name in sorted(called)})
-        self.weights = {name: aligned(t, device) for name, t in bind_weights(executable.buffers, weights).items()}
+        self.weights = self._hold(bind_weights(executable.buffers, weights))
         self._names = {port.view.buffer: port.name for port in reversed(executable.outputs)}
         self._plans: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
         self._arena, self._counters = allocate(0, device), allocate(0, device)
@@ -94,6 +94,10 @@ class PlannedSession(Runner):
     @abstractmethod
     def _bind(self, plan: Plan, slots: int) -> Binding:
         """A new plan, which fills that many slots of a state, with what the backend needs to run it."""
+
+    def _hold(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights on the device; ArtifactError when they do not fit."""
+        return {name: aligned(tensor, self.device) for name, tensor in weights.items()}
 
     def _wait(self) -> None:
         """Returns when all that was started is done: at once, where every call returns when it is."""
@@ -162,14 +166,19 @@ class PlannedSession(Runner):
         key = tuple(sizes.values())  # ports give sizes in one order
         binding = self._plans.get(key)
         if binding is None:
-            binding = self._plans[key] = self._bind(self.plan(sizes), sizes.get(LENGTH, 0))
-            for index, name in enumerate(binding.plan.bound):
-                if name in self.weights:
-                    binding.bases[2 + index] = self.weights[name].data_ptr()
+            binding = self._plans[key] = self._planned(sizes)
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return binding, accepted
+
+    def _planned(self, sizes: Mapping[str, int]) -> Binding:
+        """A binding of a new plan, which knows where the weights are."""
+        binding = self._bind(self.plan(sizes), sizes.get(LENGTH, 0))
+        for index, name in enumerate(binding.plan.bound):
+            if name in self.weights:
+                binding.bases[2 + index] = self.weights[name].data_ptr()
+        return binding
 
     def _place(
         self, binding: Binding, inputs: Mapping[str, torch.Tensor], state: State | None, out: Mapping[str, torch.Tensor]

@@ -8,19 +8,16 @@ import torch
 from qcompile.errors import ConfigError
 from qcompile.runtime.generate import Sampling, choose, first_tokens, generate, shares
 from qcompile.runtime.inputs import Signature
-from qcompile.runtime.state import State
+from qcompile.runtime.runner import Runner
 
 VOCABULARY = 50
 
 
-class Toy:
+class Toy(Runner):
     """After token x at position p comes (3 x + p + 1) mod 50; keeps the inputs it was given."""
 
     def __init__(self):
-        self.states, self.seen, self.signature = (), [], Signature((), {}, {})
-
-    def new_state(self, batch):
-        return State((), batch)
+        self.states, self.seen, self.signature, self.device = (), [], Signature((), {}, {}), torch.device("cpu")
 
     def __call__(self, inputs, state=None, out=None):
         ids, positions, keep = (inputs[name].clone() for name in ("input_ids", "position_ids", "keep"))
@@ -148,9 +145,31 @@ def test_max_new_tokens_out_of_range():
 
 def test_sampling_is_repeatable_and_follows_the_shares():
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, 4)
-    draw = [choose(logits, Sampling(generator=torch.Generator().manual_seed(3))) for _ in range(2)]
+    chance = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    draw = [choose(logits, Sampling(), chance) for _ in range(2)]
     assert torch.equal(*draw)
     assert torch.allclose(draw[0].bincount(minlength=4) / 20_000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
+
+
+def test_the_ends_of_chance_draw_tokens_that_have_a_share():
+    logits = torch.log(torch.tensor([0.0, 0.5, 0.5, 0.0])).expand(2, 4)
+    assert choose(logits, Sampling(), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_steps_started_ahead_change_nothing(ahead):
+    alone, got = expected([5], 9), []
+    toy = Toy()
+    toy.ahead = ahead
+    made = generate(
+        toy, torch.tensor([[5]]), None, max_new_tokens=9, sampling=Sampling(generator=torch.Generator().manual_seed(1)),
+        eos_token_id=alone[4], pad_token_id=None, streamer=lambda ids: got.extend(ids.tolist()),
+    )  # fmt: skip
+    toy.ahead = 0
+    again = run(
+        [[5]], sampling=Sampling(generator=torch.Generator().manual_seed(1)), eos_token_id=alone[4], max_new_tokens=9
+    )[1]
+    assert torch.equal(made, again) and made[0, 1:].tolist() == got
 
 
 @pytest.mark.parametrize(
