@@ -143,7 +143,7 @@ class _Text:
         text = module("activation", about, names, 1, "\n".join(lines), self.target, helpers(lines))
         warps = min(max(self.block // 1024, 1), 16)
         warps = 1 << (warps - 1).bit_length()
-        return Source(text, "activation", tuple(dtype for _, dtype in arguments), 1, ("d0", 1, 1), warps, 1)
+        return Source(text, "activation", tuple(dtype for _, dtype in arguments), 1, ("d0", 1, 1), warps, 1, fusion=False)
 
     def _arguments(self) -> list[tuple[str, str]]:
         p = self.p

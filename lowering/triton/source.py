@@ -13,7 +13,8 @@ class Source:
 
     The function takes one pointer for each of `pointers` (the dtype of its elements; every one is a multiple of 16 bytes),
     then `dims` i32 numbers called d0, d1 ...; whatever else it knows is written into its text. `grid` is the number of
-    programs along each axis, in terms of d0, d1 ....
+    programs along each axis, in terms of d0, d1 .... Where `fusion` holds, a product and a sum may become one operation,
+    with one rounding.
     """
 
     text: str
@@ -23,3 +24,4 @@ class Source:
     grid: tuple[Dim, Dim, Dim]
     warps: int = 4
     stages: int = 2
+    fusion: bool = True
