@@ -1,0 +1,193 @@
+"""From Triton sources to machine code, with no GPU: worker processes compile them, as many at a time as there are processors.
+
+The same source, target and version of Triton give the same bytes. Triton keeps nothing: its files lie in temporary folders.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qcompile.artifact import Built, Launch
+from qcompile.errors import ToolchainError
+from qcompile.lowering.triton.source import Source
+from qcompile.target import LEAST_CAPABILITY, Target
+
+WORKER = Path(__file__).parent / "worker.py"
+SECONDS = 300  # what takes longer is not compiling but stuck
+PTX_VERSION = 78  # of the first driver that knows capabilities 8.9 and 9.0: whatever needs the fallback can read it
+
+# Bytes of shared memory that one block may use.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+TYPES: dict[str, str] = {
+    "f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
+    "u8": "u8", "u16": "u16", "u32": "u32", "bool": "i1", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5", "f8e8m0": "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker is asked, as its page describes it, and the target it is for."""
+
+    source: Source
+    target: Target
+
+    def request(self) -> dict[str, Any]:
+        source, target = self.source, self.target
+        types = ["*" + TYPES[dtype] for dtype in source.pointers] + ["i32"] * source.dims
+        return {
+            "text": source.text, "entry": source.entry, "signature": types,
+            "capability": LEAST_CAPABILITY if target.portable else target.capability,
+            "warps": source.warps, "stages": source.stages, "fusion": source.fusion,
+            "ptx": PTX_VERSION if target.portable else None, "assemble": not target.portable,
+        }  # fmt: skip
+
+
+def key(source: Source, target: Target) -> str:
+    """A name for what `source` gives on `target`: a digest of the source, the target, the compiler and this code."""
+    parts = (repr(source), target.name, *_versions())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    own = (Path(__file__), WORKER)
+    return (f"triton {_triton()}", *(hashlib.sha256(file.read_bytes()).hexdigest() for file in own))
+
+
+def _triton() -> str:
+    """The version of Triton; ToolchainError without one."""
+    try:
+        return version("triton")
+    except PackageNotFoundError as error:
+        raise ToolchainError(
+            "compiling for CUDA needs Triton", found=error, remedy="pip install 'qcompile[cuda]', or target='reference'"
+        ) from error
+
+
+def compile_sources(
+    sources: Sequence[Source], target: Target, done: Callable[[Source], None] | None = None
+) -> list[Built]:
+    """Each source compiled for `target`, which has one capability; `done` hears of each, from other threads.
+
+    ToolchainError for a kernel that Triton refuses, that needs more shared memory than a block has, or memory that its
+    caller would have to provide; it names a file with the text.
+    """
+    _triton()
+    different = list(dict.fromkeys(sources))
+    count = min(_processors(), len(different))
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def compiled(source: Source) -> Built:
+        worker = idle.get()
+        try:
+            built = _built(source, target, worker.answer(_Job(source, target)))
+        finally:
+            idle.put(worker)
+        if done is not None:
+            done(source)
+        return built
+
+    with ExitStack() as workers, ThreadPoolExecutor(max(count, 1)) as threads:
+        for _ in range(count):
+            idle.put(workers.enter_context(_Worker()))
+        made = dict(zip(different, threads.map(compiled, different), strict=True))
+    return [made[source] for source in sources]
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _built(source: Source, target: Target, answer: dict[str, Any]) -> Built:
+    arguments = len(source.pointers) + source.dims
+    scratch, most = answer["parameters"] - arguments, SHARED[target.capability]
+    if scratch < 0:
+        _fail("Triton left out an argument", source, f"{answer['parameters']} parameters, expected {arguments}")
+    if answer["shared"] > most:
+        _fail("a kernel needs more shared memory than a block has", source,
+              f"{answer['shared']} bytes, expected at most {most} on {target.name}")  # fmt: skip
+    launch = Launch(
+        source.grid, answer["warps"], answer["shared"], scratch, source.stages, answer["registers"], answer["spills"]
+    )
+    return Built(source.text, base64.b64decode(answer["object"]), source.entry, launch)
+
+
+class _Worker:
+    """A process that compiles one kernel after another, started when it is first asked, and anew after it has died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> _Worker:
+        self._folder = tempfile.TemporaryDirectory(prefix="qcompile-triton-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._folder.cleanup()
+
+    def answer(self, job: _Job) -> dict[str, Any]:
+        """The worker's answer; ToolchainError when that is an error, or the process died of it."""
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        limit = threading.Timer(SECONDS, process.kill)
+        limit.start()
+        try:
+            process.stdin.write(json.dumps(job.request()) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            limit.cancel()
+        if not line:
+            process.kill()
+            process.communicate()
+            self._process = None
+            _fail("the compiler died of a kernel", job.source, f"exit status {process.returncode}\n{self._said()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            _fail(f"Triton refused a kernel for {job.target.name}", job.source, f"{answer['error']}\n{self._said()}")
+        return answer
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            # What the variables of Triton and LLVM ask for would change what comes out, or where it is kept.
+            steering = ("TRITON", "MLIR", "LLVM", "PTXAS")
+            environment = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+            environment["TRITON_CACHE_DIR"] = str(Path(self._folder.name) / "cache")
+            with open(Path(self._folder.name) / "stderr", "w") as stderr:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(WORKER), self._folder.name], env=environment, text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+                )  # fmt: skip
+        return self._process
+
+    def _said(self) -> str:
+        """The end of what the process wrote besides its answers."""
+        return (Path(self._folder.name) / "stderr").read_text(errors="replace")[-1000:]
+
+
+def _fail(summary: str, source: Source, found: str) -> NoReturn:
+    with tempfile.NamedTemporaryFile("w", prefix="qcompile-", suffix=".py", delete=False) as file:
+        file.write(source.text)
+    raise ToolchainError(summary, where=str(Path(file.name)), found=found.strip()[:3000])
