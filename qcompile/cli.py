@@ -349,7 +349,8 @@ def targets(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"native": native, "gpu": gpu, "targets": table}, indent=1))
         return
-    click.echo(f"cpu and cpu:native mean {native or 'nothing'} on this machine, cuda means {gpu or 'nothing'}")
+    click.echo(f"cpu and cpu:native mean {native or 'nothing'} on this machine")
+    click.echo(f"cuda means {gpu or 'nothing'} on this machine")
     for item in known:
         lacks = ", ".join(item.missing())
         click.echo(f"{item.name:22} {f'here lacks {lacks}' if lacks else 'runs here'}")

@@ -149,6 +149,7 @@ def test_formats_and_targets():
     assert out.startswith(f"cpu and cpu:native mean {native().name} on this machine\n") and "cpu:aarch64" in out
     data = json.loads(run("targets", "--json")[0])
     assert data["native"] == native().name
+    assert {"cuda:sm_80", "cuda:sm_120", "cuda:ptx"} < {row["target"] for row in data["targets"]}
     assert {"target": "reference", "runs here": True, "missing": []} in data["targets"]
 
 
