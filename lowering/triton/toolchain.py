@@ -107,7 +107,11 @@ def compile_sources(
     with ExitStack() as workers, ThreadPoolExecutor(max(count, 1)) as threads:
         for _ in range(count):
             idle.put(workers.enter_context(_Worker()))
-        made = dict(zip(different, threads.map(compiled, different), strict=True))
+        try:
+            made = dict(zip(different, threads.map(compiled, different), strict=True))
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     return [made[source] for source in sources]
 
 
