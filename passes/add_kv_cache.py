@@ -10,7 +10,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from qcompile.dtypes import NAMES
+from qcompile.dtypes import DTYPES
 from qcompile.errors import CaptureError
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.graph import arguments, call, expression, fake_mode, is_call, substitute
@@ -51,8 +51,8 @@ def _capacity(program: Program) -> Any:
 class AddKvCache(Pass):
     """Each causal `qcompile.attention` becomes a `qcompile.cached_attention` with its own k and v cache.
 
-    New inputs: `past` i64 [1] and `start` i64 [b]; new states: `k_cache_<i>`, `v_cache_<i>` [b, kv heads, c, D]. Graphs that
-    are no causal language model stay as they are.
+    New inputs: `past` i64 [1] and `start` i64 [b]; new states: `k_cache_<i>`, `v_cache_<i>` [b, kv heads, c, D], in the dtype
+    that the backend keeps caches in. Graphs that are no causal language model stay as they are.
     """
 
     name: ClassVar[str] = "add-kv-cache"
@@ -79,7 +79,10 @@ class AddKvCache(Pass):
         program.sizes[CAPACITY] = (1, MOST)
         for index, node in enumerate(found):
             given = arguments(node)
-            caches = [self._cache(program, f"{c}_cache_{index}", given[c].meta["val"], capacity) for c in ("k", "v")]
+            caches = [
+                self._cache(program, f"{c}_cache_{index}", given[c].meta["val"], capacity, ctx.backend.cache)
+                for c in ("k", "v")
+            ]
             made = call(
                 node,
                 qc.cached_attention.default,
@@ -90,11 +93,11 @@ class AddKvCache(Pass):
             substitute(node, made)
         return len(found)
 
-    def _cache(self, program: Program, name: str, like: torch.Tensor, capacity: Any) -> Node:
+    def _cache(self, program: Program, name: str, like: torch.Tensor, capacity: Any, dtype: str) -> Node:
         batch, heads, _, width = like.shape
         with fake_mode(program):
-            value = like.new_empty((batch, heads, capacity, width))
+            value = like.new_empty((batch, heads, capacity, width), dtype=DTYPES[dtype])
         named = {str(expression(_batch(program))): BATCH, str(expression(capacity)): CAPACITY}
         shape = tuple(named.get(str(expression(size)), size) for size in value.shape)
-        program.states[name] = Input(name, NAMES[like.dtype], shape)
+        program.states[name] = Input(name, dtype, shape)
         return _placeholder(program, name, value)

@@ -29,10 +29,16 @@ class Layout:
 
 
 class Backend(Protocol):
-    """A target as the passes see it. `regions` is true when pointwise chains are to become regions."""
+    """A target as the passes see it.
+
+    `regions` is true when pointwise chains are to become regions; `cache` is the dtype of its key-value caches.
+    """
 
     @property
     def regions(self) -> bool: ...
+
+    @property
+    def cache(self) -> str: ...
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         """Why a linear over K = k inputs with a weight in `format` cannot do these to its input first; None when it can.
@@ -74,6 +80,7 @@ class ReferenceBackend:
     """Eager operators: any format as it is stored, any prologue and epilogue."""
 
     regions: bool = False
+    cache: str = "f32"
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         return ""
@@ -106,6 +113,7 @@ class CpuBackend:
 
     wanted: str = "exact"
     regions: bool = True
+    cache: str = "f32"
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         return ""
@@ -146,6 +154,7 @@ class CudaBackend:
     """
 
     regions: bool = True
+    cache: str = "bf16"
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         return problem(transforms, k) or None
