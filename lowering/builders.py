@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+from pathlib import Path
 
 from qcompile.runtime.cache import Builder
 from qcompile.target import Target
 
 
-def builder_for(target: Target, progress: Callable[[str, str], None] | None = None) -> Builder:
-    """The builder of a target's kernels; `progress` is called with "build" and a kernel's name."""
-    backend = "triton" if target.backend == "cuda" else "mlir"
-    made: Builder = import_module(f"qcompile.lowering.{backend}.build").Builder(progress)
-    return made
+def builder_for(
+    target: Target, progress: Callable[[str, str], None] | None = None, schedules: Path | None = None
+) -> Builder:
+    """The builder of a target's kernels; `progress` is called with "build" and a kernel's name.
+
+    `schedules` is a table of schedules for GPUs (None: the user's own, where there is one).
+    """
+    if target.backend == "cuda":
+        from qcompile.lowering.triton import build, tables
+
+        return build.Builder(progress, None if schedules is None else tables.read(schedules))
+    from qcompile.lowering.mlir.build import Builder as CpuBuilder
+
+    return CpuBuilder(progress)

@@ -51,6 +51,7 @@ def compile(
     work: str | os.PathLike[str] | None = None,
     max_memory: int | None = None,
     spill: str | os.PathLike[str] | None = None,
+    schedules: str | os.PathLike[str] | None = None,
     fuel: int | None = None,
     print_after: Collection[str] = (),
     show: Callable[[str, str], None] | None = None,
@@ -72,12 +73,15 @@ def compile(
     goes on where it stopped. `max_memory` bounds the bytes of tensors that are in memory at a time, on top of the process
     itself (about 0.5 GB): large tensors lie in files of the folder `spill` (the system's temporary one without it), which
     nobody else sees and which go with the model; ConfigError when a single weight needs more.
+    `schedules` is a table that `qcompile tune` wrote, for GPUs (None: the user's own, where there is one).
     `show(pass, text)` gets the graph's text after the passes named in `print_after` ("*" is all) that changed it;
     `progress(stage, on)` hears what is being worked on; `fuel` bounds the number of rewrites, to find one that is wrong.
 
     Errors: ConfigError, CheckpointError, CaptureError, LoweringError, ToolchainError; see `qcompile.errors`.
     """
     place = target_of(target)
+    if schedules is not None and place.backend != "cuda":
+        raise ConfigError("only kernels for CUDA have schedules", where="schedules", found=f"target {place.name}")
     if accuracy not in ("exact", "int8"):
         raise ConfigError("no such accuracy", where="accuracy", found=repr(accuracy), expected="'exact' or 'int8'")
     if isinstance(model, str | os.PathLike) and progress is not None:
@@ -89,7 +93,7 @@ def compile(
     report.target, report.accuracy = place.name, accuracy
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
-    backend = _backend(place, accuracy)
+    backend = _backend(place, accuracy, program)
     stage = None if work is None else Stage(Path(work))
     ctx = Context(
         report,
@@ -114,7 +118,7 @@ def compile(
     if place.backend != "reference":
         executable, weights = _lower(program, place, accuracy, strict)
         tensors |= weights
-        kernels, bounds = _build(executable, place, progress)
+        kernels, bounds = _build(executable, place, progress, schedules)
     else:
         for path in report.weights:
             report.update_weight(path, tier="eager")
@@ -181,10 +185,14 @@ def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Ca
     return lambda name, text: show(name, text) if "*" in names or name in names else None
 
 
-def _backend(place: Target, accuracy: str) -> Backend:
+def _backend(place: Target, accuracy: str, program: Program) -> Backend:
     if place.backend == "cpu":
         return CpuBackend(accuracy)
-    return CudaBackend() if place.backend == "cuda" else ReferenceBackend()
+    if place.backend == "reference":
+        return ReferenceBackend()
+    from qcompile.lowering.triton.linear import compute_dtype
+
+    return CudaBackend(cache=compute_dtype(program))
 
 
 def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tuple[Executable, dict[str, torch.Tensor]]:
@@ -199,11 +207,14 @@ def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tupl
 
 
 def _build(
-    executable: Executable, place: Target, progress: Callable[[str, str], None] | None
+    executable: Executable,
+    place: Target,
+    progress: Callable[[str, str], None] | None,
+    schedules: str | os.PathLike[str] | None,
 ) -> tuple[dict[str, Built], Bounds]:
     from qcompile.lowering.builders import builder_for
 
-    builder = builder_for(place, progress)
+    builder = builder_for(place, progress, None if schedules is None else Path(schedules))
     bounds = Bounds.of(executable.kernels, builder, ours=True)
     if place.backend == "cuda":
         return build_codes(executable.kernels, place.codes(), builder), bounds

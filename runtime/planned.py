@@ -145,6 +145,21 @@ class PlannedSession(Runner):
                 state.advance(binding.slots)
         return times
 
+    def again(self, inputs: Mapping[str, torch.Tensor], state: State | None = None) -> Callable[[], None]:
+        """A function that does the work of a call on `inputs` once more and nothing else, for timing.
+
+        It holds on to its memory, and is good until the session is called again.
+        """
+        with self._lock, torch.no_grad():
+            binding, accepted = self._accept(inputs, state)
+            binding.keeps = False
+            held = (self._place(binding, accepted, state, {}), self._arena, self._counters)
+
+        def run(held: object = held) -> None:
+            PlannedSession._run(self, binding)
+
+        return run
+
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes` (the program's named sizes but `threads`)."""
         return make_plan(self.executable, {**sizes, "threads": self.threads}, self._addresses, self.bounds)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qcompile.artifact import Built, Extents, KernelSpec, Launch
-from qcompile.lowering.triton import templates, toolchain
+from qcompile.lowering.triton import tables, templates, toolchain
+from qcompile.lowering.triton.schedule import using
 from qcompile.lowering.triton.source import Source
-from qcompile.target import INTERPRET
+from qcompile.runtime.cache import cache_folder
+from qcompile.target import INTERPRET, Target
 from qcompile.target import target as target_of
 
 
@@ -16,20 +19,22 @@ from qcompile.target import target as target_of
 class Builder:
     """Makes kernels for the runtime, which knows no compiler; the targets it is asked for have one capability.
 
-    `progress` is called with "build" and a kernel's name.
+    `progress` is called with "build" and a kernel's name. Schedules are looked up in `schedules` before the shipped table
+    (None: in the user's own).
     """
 
     progress: Callable[[str, str], None] | None = None
+    schedules: tables.Table | None = None
 
     def key(self, spec: KernelSpec, target: str) -> str:
         """A digest of all that the kernel's object depends on: its text, the target, the compiler."""
         code = target_of(target)
-        return toolchain.key(templates.emit(spec, code), code)
+        return toolchain.key(self._emit(spec, code), code)
 
     def build(self, kernels: Mapping[str, KernelSpec], target: str) -> dict[str, Built]:
         """Text and machine code of each kernel; for Triton's interpreter the text alone."""
         code = target_of(target)
-        sources = {name: templates.emit(spec, code) for name, spec in kernels.items()}
+        sources = {name: self._emit(spec, code) for name, spec in kernels.items()}
         if code == INTERPRET:
             return {name: _interpreted(source) for name, source in sources.items()}
         named = {source: name for name, source in sources.items()}
@@ -44,6 +49,14 @@ class Builder:
     def extents(self, spec: KernelSpec) -> Extents:
         """What the kernel may touch of its arguments; ArtifactError for parameters that no kernel can be made from."""
         return templates.extents(spec)
+
+    @functools.cached_property
+    def _table(self) -> tables.Table:
+        return tables.user(cache_folder()) if self.schedules is None else self.schedules
+
+    def _emit(self, spec: KernelSpec, code: Target) -> Source:
+        with using(self._table):
+            return templates.emit(spec, code)
 
 
 def _interpreted(source: Source) -> Built:

@@ -7,13 +7,16 @@ the GPU, and is chosen where the text is made (`choose`). What an instruction co
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from qcompile.lowering.triton import cost
 from qcompile.lowering.triton.devices import device
 from qcompile.lowering.triton.tables import Table, shipped
 from qcompile.lowering.triton.tiles import Problem, Schedule, candidates
 
-__all__ = ["BUCKETS", "OPEN", "Problem", "Schedule", "choose", "split"]
+__all__ = ["BUCKETS", "OPEN", "Problem", "Schedule", "choose", "split", "using"]
 
 OPEN = 2048
 """The bucket of all M above the others; its schedules are chosen for this many rows."""
@@ -23,6 +26,19 @@ BUCKETS = (4, 32, 128, OPEN)
 
 GRANULE = 128
 """K is split at multiples of this many inputs, so that no part cuts a group or a step in two."""
+
+
+_in_use: ContextVar[Table | None] = ContextVar("schedules", default=None)
+
+
+@contextmanager
+def using(table: Table) -> Iterator[None]:
+    """While kernels' text is made in here, `choose` looks in `table` first."""
+    token = _in_use.set(table)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
 
 
 def split(n: int, k: int, m_bucket: int) -> int:
@@ -53,15 +69,15 @@ def choose(
     value: str = "int",
     group: int = 0,
     split_k: int = 1,
-    table: Table | None = None,
 ) -> Schedule:
-    """The schedule of a linear kernel: the entry of `table` (without one, of the shipped table), else the model's fastest.
+    """The schedule of a linear kernel: the entry of the table in use, else of the shipped one, else the model's fastest.
 
-    `split_k` is the kernel's parameter, made by `split`; `table` is the target's; the others are as in `Problem`. Capability
-    0 is the interpreter, for which the smallest tile is taken. ValueError where no schedule can be made.
+    `split_k` is the kernel's parameter, made by `split`; the others are as in `Problem`. Capability 0 is the interpreter, for
+    which the smallest tile is taken. ValueError where no schedule can be made.
     """
     problem = Problem(kind, n, k, m_bucket, bits, value, group, split_k)
-    found = (shipped() if table is None else table).find(problem, capability)
+    in_use = _in_use.get()
+    found = (in_use and in_use.find(problem, capability)) or shipped().find(problem, capability)
     if found is not None:
         return found
     gpu = device(capability)

@@ -47,7 +47,7 @@ class Table:
 
     def over(self, other: Table) -> Table:
         """This table, and what `other` has beside it."""
-        return Table(other.entries | self.entries)
+        return Table.of((other.entries | self.entries).values())
 
     @staticmethod
     def of(entries: Iterable[Entry]) -> Table:
@@ -110,6 +110,17 @@ def read(path: str | os.PathLike[str]) -> Table:
     except OSError as error:
         raise ConfigError("a table of schedules cannot be read", where=str(place), found=str(error)) from None
     return parse(data, str(place))
+
+
+def user_file(folder: Path) -> Path:
+    """Where a user's own table lies in the folder of qcompile's caches."""
+    return folder / "schedules.json"
+
+
+def user(folder: Path) -> Table:
+    """The user's own table; an empty one where there is none."""
+    place = user_file(folder)
+    return read(place) if place.exists() else Table()
 
 
 @functools.cache
