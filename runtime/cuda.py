@@ -31,7 +31,7 @@ MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 OUT_OF_MEMORY, NO_DEVICE, LAUNCH_OUT_OF_RESOURCES = 2, 100, 701
 WRONG_CODE = {200, 209, 218, 220, 221, 222, 223}  # an image or PTX that this GPU or driver cannot take
 MEMORY_FAULTS = {700, 714, 715, 716, 717, 718, 719}  # what a kernel does that runs outside its memory
-MAX_DYNAMIC_SHARED, MULTIPROCESSORS, MOST_SHARED = 8, 16, 97  # attributes of functions and devices
+MAX_DYNAMIC_SHARED, MOST_SHARED = 8, 97  # attributes of functions and devices
 LOG_BUFFER, LOG_SIZE = 5, 6  # options of module loading
 LOG_BYTES = 8192
 
@@ -117,23 +117,28 @@ class Driver:
 
     def _text(self, code: int) -> str:
         name, text = c_char_p(), c_char_p()
-        known = not self.library.cuGetErrorName(code, byref(name)) and name.value
-        described = not self.library.cuGetErrorString(code, byref(text)) and text.value
-        return f"{name.value.decode() if known and name.value else f'error {code}'}" + (
-            f" ({text.value.decode()})" if described and text.value else ""
-        )
+        self.library.cuGetErrorName(code, byref(name))
+        self.library.cuGetErrorString(code, byref(text))
+        return " ".join(
+            [name.value.decode() if name.value else f"error {code}", f"({text.value.decode()})" if text.value else ""]
+        ).strip()
 
-    def attribute(self, device: int, attribute: int) -> int:
-        """A number that describes a device."""
+    def attribute(self, index: int, attribute: int) -> int:
+        """A number that describes the device `index`."""
         value = c_int()
-        self.call("cuDeviceGetAttribute", byref(value), attribute, device)
+        self.call("cuDeviceGetAttribute", byref(value), attribute, self._device(index))
         return value.value
 
-    def context(self, device: int) -> int:
-        """The context of a device that torch uses as well, held until the process ends."""
+    def context(self, index: int) -> int:
+        """The context of the device `index` that torch uses as well, held until the process ends."""
         context = c_void_p()
-        self.call("cuDevicePrimaryCtxRetain", byref(context), device)
+        self.call("cuDevicePrimaryCtxRetain", byref(context), self._device(index))
         return context.value or 0
+
+    def _device(self, index: int) -> c_int:
+        device = c_int()
+        self.call("cuDeviceGet", byref(device), index)
+        return device
 
     def enter(self, context: int) -> None:
         """Makes a context this thread's current one, if it is not yet."""

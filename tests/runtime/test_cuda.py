@@ -1,0 +1,211 @@
+"""The driver's interface against a driver that records what it is asked: the calling convention, and every error."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from qcompile.artifact import Built, Launch
+from qcompile.errors import ArtifactError, InternalError
+from qcompile.runtime import cuda
+from qcompile.runtime.cuda import CudaDevice, Driver, Kernel
+
+NAMES = {
+    1: (b"CUDA_ERROR_INVALID_VALUE", b"invalid argument"), 2: (b"CUDA_ERROR_OUT_OF_MEMORY", b"out of memory"),
+    100: (b"CUDA_ERROR_NO_DEVICE", b"no CUDA-capable device is detected"),
+    209: (b"CUDA_ERROR_NO_BINARY_FOR_GPU", b"no kernel image is available for execution on the device"),
+    218: (b"CUDA_ERROR_INVALID_PTX", b"a PTX JIT compilation failed"),
+    700: (b"CUDA_ERROR_ILLEGAL_ADDRESS", b"an illegal memory access was encountered"),
+    701: (b"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", b"too many resources requested for launch"),
+}  # fmt: skip
+
+
+class FakeDriver:
+    """Notes every call; a function named in `errors` returns that number, the others succeed."""
+
+    def __init__(self, **errors):
+        self.errors, self.calls, self.attributes, self.log, self.current = errors, [], {97: 101376}, b"", 0
+
+    def __getattr__(self, name):
+        return functools.partial(self._call, name)
+
+    def _call(self, name, *args):
+        self.calls.append((name, args))
+        if self.errors.get(name):
+            if name == "cuModuleLoadDataEx":
+                ctypes.memmove(args[4][0], self.log, len(self.log))
+            return self.errors[name]
+        answer = getattr(type(self), f"_{name}", None)
+        if answer is not None:
+            answer(self, *args)
+        return 0
+
+    def _cuGetErrorName(self, code, out):
+        out._obj.value = NAMES[code][0] if code in NAMES else None
+
+    def _cuGetErrorString(self, code, out):
+        out._obj.value = NAMES[code][1] if code in NAMES else None
+
+    def _cuDeviceGetAttribute(self, out, attribute, device):
+        out._obj.value = self.attributes[attribute]
+
+    def _cuDevicePrimaryCtxRetain(self, out, device):
+        out._obj.value = 77
+
+    def _cuCtxGetCurrent(self, out):
+        out._obj.value = self.current
+
+    def _cuCtxSetCurrent(self, context):
+        self.current = context.value
+
+    def _cuModuleLoadDataEx(self, out, image, count, options, values):
+        out._obj.value = 1000
+
+    def _cuModuleGetFunction(self, out, module, name):
+        out._obj.value = 2000
+
+    def named(self, name):
+        return [args for called, args in self.calls if called == name]
+
+
+def built(shared=0, scratch=2, object_=b"\x7fELF...", entry="kernel"):
+    return Built("text", object_, entry, Launch(("d0", 1, 1), warps=4, shared=shared, scratch=scratch))
+
+
+def test_a_kernel_is_loaded_and_allowed_what_shared_memory_it_needs():
+    fake = FakeDriver()
+    driver = Driver(fake)
+    kernel = driver.load("linear_1", built(shared=65536), 101376)
+    assert kernel == Kernel("linear_1", 2000, built(shared=65536).launch)
+    ((_, image, count, options, _),) = fake.named("cuModuleLoadDataEx")
+    assert image == b"\x7fELF...\0" and count == 2 and list(options) == [5, 6]
+    ((_, module, entry),) = fake.named("cuModuleGetFunction")
+    assert module.value == 1000 and entry == b"kernel"
+    ((function, attribute, size),) = fake.named("cuFuncSetAttribute")
+    assert (function.value, attribute, size) == (2000, 8, 65536)
+    driver.load("linear_2", built(shared=49152), 101376)
+    assert len(fake.named("cuFuncSetAttribute")) == 1
+
+
+def test_arguments_are_pointers_then_i32_numbers_then_null_pointers():
+    fake = FakeDriver()
+    pointers, numbers = np.array([2**40 + 16, 32], dtype=np.int64), np.array([7, -1, 2**31 - 1], dtype=np.int64)
+    start = Driver(fake).launcher(Kernel("k", 2000, built(shared=64).launch), (3, 2, 1), pointers, numbers)
+    pointers[1] = 48  # a call may bind other memory
+    start(99)
+    ((function, *shape, arguments, extra),) = fake.named("cuLaunchKernel")
+    assert function == 2000 and shape == [3, 2, 1, 128, 1, 1, 64, 99] and extra is None
+    places = list(arguments)
+    assert len(places) == 7
+    assert [ctypes.c_int64.from_address(at).value for at in places[:2]] == [2**40 + 16, 48]
+    assert [ctypes.c_int32.from_address(at).value for at in places[2:5]] == [7, -1, 2**31 - 1]
+    assert [ctypes.c_int64.from_address(at).value for at in places[5:]] == [0, 0]
+
+
+def test_an_empty_grid_starts_nothing_and_one_too_large_is_an_error():
+    fake, none = FakeDriver(), np.zeros(0, dtype=np.int64)
+    kernel = Kernel("k", 1, built().launch)
+    Driver(fake).launcher(kernel, (4, 0, 1), none, none)(0)
+    assert not fake.named("cuLaunchKernel")
+    with pytest.raises(ArtifactError, match="a kernel needs more programs than a GPU starts at once\n  where:    k"):
+        Driver(fake).launcher(kernel, (1, 65536, 1), none, none)
+
+
+def test_the_context_of_torch_is_made_current_once():
+    fake = FakeDriver()
+    driver = Driver(fake)
+    context = driver.context(0)
+    driver.enter(context)
+    driver.enter(context)
+    assert context == 77 and len(fake.named("cuCtxSetCurrent")) == 1
+
+
+def test_no_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", missing)
+    monkeypatch.setattr(cuda.platform, "system", lambda: "Linux")
+    with pytest.raises(ArtifactError) as error:
+        Driver()
+    assert str(error.value) == (
+        "this machine has no NVIDIA driver\n  where:    libcuda.so.1\n"
+        "  found:    libcuda.so.1: cannot open shared object file\n  expected: a GPU with its driver\n"
+        "  try:      target='reference' runs anywhere"
+    )
+
+
+def test_no_device():
+    with pytest.raises(ArtifactError) as error:
+        Driver(FakeDriver(cuInit=100))
+    assert str(error.value) == (
+        "this machine has no NVIDIA GPU\n  where:    cuInit\n"
+        "  found:    CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)\n"
+        "  expected: a GPU that the driver sees\n  try:      target='reference' runs anywhere"
+    )
+
+
+def test_a_driver_that_does_not_start():
+    with pytest.raises(
+        ArtifactError, match="the NVIDIA driver does not start\n  where:    cuInit\n  found:    error 999"
+    ):
+        Driver(FakeDriver(cuInit=999))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine")
+def test_a_torch_without_cuda():
+    with pytest.raises(ArtifactError, match="torch cannot use the GPU of this machine") as error:
+        CudaDevice(driver=Driver(FakeDriver()))
+    assert torch.__version__ in error.value.found and "target='reference'" in error.value.remedy
+
+
+def refused(kernel, **errors):
+    fake = FakeDriver(**errors)
+    fake.log = b"ptxas fatal: Unsupported .version 9.4"
+    with pytest.raises((ArtifactError, InternalError)) as error:
+        Driver(fake).load("linear_1", kernel, 101376)
+    return error.value
+
+
+def test_code_for_another_gpu():
+    assert str(refused(built(), cuModuleLoadDataEx=209)) == (
+        "a kernel is not for this GPU or driver\n  where:    linear_1\n"
+        "  found:    cuModuleLoadDataEx: CUDA_ERROR_NO_BINARY_FOR_GPU (no kernel image is available for execution on the "
+        "device); ptxas fatal: Unsupported .version 9.4\n  expected: code for this GPU\n"
+        "  try:      compile for it (target='cuda'), or a newer driver; target='reference' runs anywhere"
+    )
+    assert "CUDA_ERROR_INVALID_PTX" in refused(built(), cuModuleLoadDataEx=218).found
+
+
+def test_too_little_memory():
+    error = refused(built(), cuModuleLoadDataEx=2)
+    assert error.summary == "not enough memory on the GPU" and error.where == "linear_1"
+    assert "a GPU with more memory" in error.remedy
+    shared = refused(built(shared=200_000))
+    assert shared.summary == "a kernel needs more shared memory than this GPU has"
+    assert (shared.found, shared.expected) == ("200000 bytes", "at most 101376")
+
+
+def test_a_kernel_for_a_processor():
+    assert refused(Built("text", b"", "entry")).summary == "a kernel is not for a GPU"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "summary"),
+    [
+        (700, InternalError, "a kernel ran outside its memory"),
+        (701, ArtifactError, "a kernel needs more of this GPU than it has"),
+        (1, InternalError, "the NVIDIA driver refuses a call"),
+    ],
+)
+def test_launches_are_checked(code, kind, summary):
+    none = np.zeros(0, dtype=np.int64)
+    start = Driver(FakeDriver(cuLaunchKernel=code)).launcher(Kernel("k", 1, built().launch), (1, 1, 1), none, none)
+    with pytest.raises(kind) as error:
+        start(0)
+    assert error.value.summary == summary and error.value.where == "k"
+    assert error.value.found == f"cuLaunchKernel: {NAMES[code][0].decode()} ({NAMES[code][1].decode()})"
