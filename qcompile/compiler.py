@@ -21,6 +21,7 @@ from qcompile.planning import BYTES_AT_WORK, check
 from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.cache import build_kernels
 from qcompile.runtime.codes import build_codes
+from qcompile.runtime.cuda_session import waiting
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
 from qcompile.sources import unmap
@@ -118,6 +119,8 @@ def compile(
     if place.backend != "reference":
         executable, weights = _lower(program, place, accuracy, strict)
         tensors |= weights
+        if place.backend == "cuda" and (found := waiting(executable)):
+            report.note(f"decode steps are launched call by call, not as one CUDA graph: {', '.join(found)} waits")
         kernels, bounds = _build(executable, place, progress, schedules)
     else:
         for path in report.weights:
