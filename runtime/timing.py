@@ -24,8 +24,10 @@ MOST_COPIES = 64
 def seconds(device: Device, calls: Sequence[Callable[[], object]], least: float = 0.02, rounds: int = 5) -> float:
     """Seconds of one of `calls`, which are recorded as one graph: the median of `rounds` that take about `least` each.
 
-    Whatever a graph does not record must be done once before.
+    Each is called once before, for what only a first call does and a graph cannot record.
     """
+    for call in calls:
+        call()
     replay = device.capture(lambda: [call() for call in calls] and None)
 
     def taken(times: int) -> float:
