@@ -15,6 +15,7 @@ from qcompile.artifact import Buffer, BufferKind, Call, KernelSpec, Port, Step, 
 from qcompile.dims import Dim, times
 from qcompile.dtypes import NAMES
 from qcompile.errors import InternalError
+from qcompile.lowering.alignment import starts_aligned
 from qcompile.lowering.symbolic import Size, Strided, dim, size
 from qcompile.program import Program
 
@@ -161,10 +162,15 @@ class Context:
     # -- work --
 
     def contiguous(self, node: Node | Strided, dtype: str | None = None) -> View:
-        """The value in row-major order without gaps and in `dtype`; emits a copy when it is not so already."""
+        """The value in row-major order without gaps and in `dtype`; emits a copy when it is not so already.
+
+        For a GPU it also begins at a multiple of 16 bytes.
+        """
         source = node if isinstance(node, Strided) else self.strided(node)
         if source.is_contiguous and dtype in (None, source.dtype):
-            return self.view(source)
+            view = self.view(source)
+            if self.target.backend != "cuda" or starts_aligned(view.offset, source.dtype):
+                return view
         return self.view(self.copied(source, dtype))
 
     def copied(self, source: Strided, dtype: str | None = None) -> Strided:

@@ -10,6 +10,7 @@ from torch.fx import Node
 from qcompile.artifact import Extent
 from qcompile.dims import times
 from qcompile.dtypes import DTYPES
+from qcompile.lowering.alignment import tile
 from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.extents import Element, numbers
 
@@ -42,9 +43,9 @@ def _lower(node: Node, ctx: Context, x: Node, index: Node, axis: int) -> None:
     if source.dtype not in DTYPES:
         raise Refuse(f"gathering {source.dtype} elements")
     shape = ctx.shape(x)
-    params = {"x": source.dtype, "index": at.dtype, "y": ctx.dtype(node)}
     args = [ctx.contiguous(x), ctx.contiguous(index), ctx.output(node)]
     dims = [times(*shape[:axis]), shape[axis], times(*ctx.shape(index)), times(*shape[axis + 1 :])]
+    params = {"x": source.dtype, "index": at.dtype, "y": ctx.dtype(node), **tile(ctx, dims[3])}
     ctx.emit(ctx.call(TEMPLATE, params, args, dims, [2]))
 
 

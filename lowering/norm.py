@@ -10,6 +10,7 @@ from torch.fx import Node
 from qcompile.artifact import Extent
 from qcompile.dims import Dim, times
 from qcompile.expr import FLOATS
+from qcompile.lowering.alignment import tile
 from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.extents import Float, numbers, outside
 
@@ -51,6 +52,7 @@ def _lower(node: Node, ctx: Context, x: Any, params: dict[str, Any], vectors: di
     *rows, n = ctx.shape(x)
     output = ctx.output(node)
     dims: list[Dim] = [times(*rows), n]
+    params |= tile(ctx, n)
     ctx.emit(ctx.call(TEMPLATE, params, [*args, output], dims, [len(args)]))
 
 

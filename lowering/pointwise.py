@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qcompile.artifact import Call, Extent, View
 from qcompile.dims import Dim, evaluate, names, times
 from qcompile.errors import InternalError
 from qcompile.expr import FLOATS
+from qcompile.lowering.alignment import columns, divisor, starts_aligned
 from qcompile.lowering.base import Context, Refuse
 from qcompile.lowering.extents import MOST, Element, numbers, outside, require, strided
 
@@ -42,7 +43,8 @@ def call(
     An op is [name, dtype, [operand...]]: an operand is the number of a value (inputs first, then ops) or
     {"number": x}; `dtype` is that of the result. Names are those of `OPS`, which compute in f32 and integers,
     and "to" (convert to any dtype), "full" (a number) and "index" (the place in a result of one dimension).
-    `results[i]` is the value that outputs[i] gets.
+    `results[i]` is the value that outputs[i] gets. A GPU kernel is given the start of a view that may begin at an address
+    which is no multiple of 16 bytes as a number.
     """
     shape = outputs[0].view.shape
     every = [_broadcast(item.view, shape) for item in (*inputs, *outputs)]
@@ -60,7 +62,25 @@ def call(
     for item, form in zip(strides, forms, strict=True):
         dims += item if form == "apart" else item[:-1]
     views = [item.view for item in (*inputs, *outputs)]
+    if ctx.target.backend == "cuda":
+        starts = [not starts_aligned(item.view.offset, item.dtype) for item in (*inputs, *outputs)]
+        params |= {"starts": starts, **_steps(sizes, strides, forms, views)}
+        dims += [view.offset for view, given in zip(views, starts, strict=True) if given]
+        views = [replace(view, offset=0) if given else view for view, given in zip(views, starts, strict=True)]
     return ctx.call(TEMPLATE, params, views, dims, range(len(inputs), len(views)))
+
+
+def _steps(
+    sizes: Sequence[Dim], strides: Sequence[list[Dim]], forms: Sequence[str], views: Sequence[View]
+) -> dict[str, Any]:
+    """What a GPU kernel has to know to move several elements at once: powers of two that divide the size of the innermost
+    dimension, and the place where each row of an operand begins; and how wide a tile it takes of a row."""
+    rows = [
+        min(map(divisor, (view.offset, *item[:-1]))) if form == "unit" else 1
+        for view, item, form in zip(views, strides, forms, strict=True)
+    ]
+    wide = columns(sizes[-1], 256, 256) if len(sizes) > 1 else 1024
+    return {"columns": wide, "multiple": divisor(sizes[-1]), "rows": rows}
 
 
 def copier(ctx: Context, source: View, target: View, source_dtype: str, target_dtype: str) -> Call:

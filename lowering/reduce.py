@@ -12,6 +12,7 @@ from qcompile.artifact import Extent
 from qcompile.dims import times
 from qcompile.dtypes import DTYPES, itemsize
 from qcompile.expr import FLOATS
+from qcompile.lowering.alignment import tile
 from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.extents import Element, numbers
 
@@ -39,8 +40,8 @@ def lower_reduction(node: Node, ctx: Context) -> None:
     if op.startswith("arg") and source.dtype not in FLOATS:
         raise Refuse(f"{op} of {source.dtype} elements")
     view = ctx.contiguous(source.permute([*kept, *folded]))
-    params = {"op": op, "x": source.dtype, "y": result}
     dims = [times(*view.shape[: len(kept)]), times(*view.shape[len(kept) :])]
+    params = {"op": op, "x": source.dtype, "y": result, **tile(ctx, dims[1])}
     ctx.emit(ctx.call(TEMPLATE, params, [view, ctx.output(node)], dims, [1]))
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-
 from torch.fx import Node
 
-from qcompile.lowering.base import Context
+from qcompile.lowering.rules import Rule, find
 
-Rule = Callable[[Node, Context], None]
-
-RULES: dict[str, str] = {}
+RULES: dict[str, str] = {
+    "aten.scaled_dot_product_attention.default": "attention:lower_sdpa",
+    "qcompile.attention.default": "attention:lower_attention",
+    "qcompile.cached_attention.default": "attention:lower_cached_attention",
+    "qcompile.rope.default": "attention:lower_rope",
+}
+"""What is not among the lines that all backends share."""
 
 
 def rule_for(node: Node) -> Rule | None:
-    """The rule of a node: a line of the table; None where there is none."""
-    place = RULES.get(str(node.target))
-    if place is None:
-        return None
-    module, _, function = place.partition(":")
-    found: Rule = getattr(import_module(f"qcompile.lowering.triton.{module}"), function)
-    return found
+    """The rule of a node, or None where there is none."""
+    return find(node, RULES, "qcompile.lowering.triton")

@@ -26,7 +26,11 @@ TEMPLATES: dict[str, str] = {
     "attention-combine": "combine",
     "attention-decode": "attention_decode",
     "cache-write": "cache_write",
+    "gather": "gather",
+    "pointwise": "pointwise",
+    "reduce": "reduce",
     "rope": "rope",
+    "row-norm": "norm",
 }
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from glue_cases import REDUCTIONS, values
 from lowered import Lowered, agrees
 
 from qcompile import ops
@@ -14,10 +15,6 @@ from qcompile.target import CPU_LEVELS
 
 functional = torch.nn.functional
 assert ops
-
-
-def values(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 576])
@@ -54,14 +51,6 @@ def test_a_norm_of_a_view_and_every_size() -> None:
     for b, s in ((4, 3), (1, 1), (2, 7)):
         x = values(b, s, 24, seed=b)
         torch.testing.assert_close(made(x), torch.ops.qcompile.rms_norm(x.transpose(0, 1), w, 1e-6, 0.0))
-
-
-REDUCTIONS = {
-    "sum": lambda x: x.sum(-1), "sum of two": lambda x: x.sum((-1, -2)), "mean over the middle": lambda x: x.mean(1),
-    "mean keepdim": lambda x: x.mean((0, 2), keepdim=True), "amax": lambda x: x.amax(-1), "amin": lambda x: x.amin(0),
-    "argmax": lambda x: x.argmax(-1), "argmin": lambda x: x.argmin(1, keepdim=True), "all of it": lambda x: x.sum(),
-    "max": lambda x: x.max(), "any": lambda x: (x > 8).any(-1), "all": lambda x: (x > -8).all(1),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
