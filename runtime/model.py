@@ -16,8 +16,7 @@ from qcompile.artifact import KernelSpec, TransformRecord
 from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.report import Report
 from qcompile.runtime.bounds import Bounds
-from qcompile.runtime.codes import parts
-from qcompile.runtime.codes import code_here, one_code
+from qcompile.runtime.codes import code_here, one_code, parts
 from qcompile.runtime.cuda import CudaDevice
 from qcompile.runtime.cuda_session import CudaSession
 from qcompile.runtime.generate import Sampling, first_tokens, generate
