@@ -26,7 +26,7 @@ INTERPRETED = target("cuda:interpret")
 
 
 def program_of(function: Callable[..., Any], *examples: torch.Tensor) -> Program:
-    """The Program of a function that calls overloads of operators, which may write to its inputs."""
+    """The Program of a function that calls overloads of operators, which may write to its inputs; of a float16 model."""
     graph = torch.fx.symbolic_trace(function)
     output = graph.graph.output_node()
     output.args = ((output.args[0],),)
@@ -37,7 +37,7 @@ def program_of(function: Callable[..., Any], *examples: torch.Tensor) -> Program
     source = ModuleState(torch.nn.Module())
     return Program(
         graph=graph, kind="module", modules={}, inputs=tuple(inputs), outputs=("y",), sizes={}, tensors={}, source=source,
-        ledger=Ledger(source), report=Report(),
+        ledger=Ledger(source), report=Report(), model_config={"torch_dtype": "float16"},
     )  # fmt: skip
 
 

@@ -1,0 +1,256 @@
+"""The template "attention": many queries at once in blocks, with a running softmax over blocks of keys.
+
+The rows of a block are queries x the heads that share a key head, so that a key is read once for all of them, and no group
+is padded. Blocks that see the most keys start first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qcompile import codec
+from qcompile.artifact import Extent
+from qcompile.lowering.extents import Float, numbers, outside
+from qcompile.lowering.triton.attention_text import LOWEST, block_keys, dot, operand, scaled, softmax_step
+from qcompile.lowering.triton.rope import pad, read
+from qcompile.lowering.triton.rows import Rows, blocks
+from qcompile.lowering.triton.source import Source
+from qcompile.lowering.triton.text import cast, module
+from qcompile.target import Target
+
+TEMPLATE = "attention"
+
+
+@dataclass(frozen=True)
+class Params:
+    """What one attention kernel computes.
+
+    `group` query heads share one of `kv_heads` key heads; `d` and `dv` are the widths of keys and values. `causal`, `window`
+    (0: none), `softcap` (0: none) as in qcompile.attention. q: rows [B, heads, S, d], of which `width` columns are turned
+    (0: none) by turn, the rows of cos and sin [B, S, width]. k, v: rows [B, kv_heads, T, ...]; None for a cache of dtype
+    `cache`, where positions begin at `past` and keys before start[b] are not seen. mask: rows [B, heads, S, T] of an additive
+    mask, or bools that say which keys are seen. `sinks`: dtype of the logits that only take share, "" for
+    none. `compute`: of a dot's operands.
+    """
+
+    group: int
+    kv_heads: int
+    d: int
+    dv: int
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    width: int
+    q: Rows
+    k: Rows | None
+    v: Rows | None
+    turn: Rows | None
+    mask: Rows | None
+    cache: Literal["", "f32", "f16", "bf16"]
+    sinks: Literal["", "f32", "f16", "bf16"]
+    compute: Float
+    y: Float
+
+    @property
+    def heads(self) -> int:
+        return self.group * self.kv_heads
+
+    @property
+    def rows(self) -> dict[str, tuple[Rows, str]]:
+        """What is read by rows, and the names of their axes."""
+        found = {"q": (self.q, "bhs"), "k": (self.k, "bhs"), "v": (self.v, "bhs"), "mask": (self.mask, "bhs")}
+        found["turn"] = (self.turn, "bs")
+        return {name: (rows, axes) for name, (rows, axes) in found.items() if rows is not None}
+
+    def problem(self) -> str:
+        return (
+            outside(
+                self,
+                group=1 <= self.group < 1 << 16,
+                kv_heads=1 <= self.kv_heads < 1 << 16,
+                d=1 <= self.d <= 512,
+                dv=1 <= self.dv <= 512,
+                window=0 <= self.window < 2**31,
+                width=0 <= self.width <= self.d and self.width % 2 == 0,
+                turn=(self.turn is None) == (self.width == 0),
+                k=(self.k is None) == bool(self.cache),
+                v=(self.v is None) == bool(self.cache),
+                floats="bool" not in [rows.dtype for name, (rows, _) in self.rows.items() if name != "mask"],
+            )
+            or next((f"strides of {name}" for name, (rows, axes) in self.rows.items() if len(rows.steps) != len(axes)), "")
+            or next((problem for rows, _ in self.rows.values() if (problem := rows.problem())), "")
+        )  # fmt: skip
+
+    @property
+    def dims(self) -> list[str]:
+        """B, S, T (the slots of a cache), then strides."""
+        return ["b", "s", "t", *(dim for name, (rows, axes) in self.rows.items() for dim in rows.given(name, axes))]
+
+    @property
+    def pointers(self) -> dict[str, str]:
+        """Names and dtypes in order."""
+        keys = {"k": self.cache or self.rows["k"][0].dtype, "v": self.cache or self.rows["v"][0].dtype}
+        masks = {"mask": self.mask.dtype} if self.mask else {}
+        turns = {"cos": self.turn.dtype, "sin": self.turn.dtype} if self.turn else {}
+        places = {"past": "i64", "start": "i64"} if self.cache else {}
+        sinks = {"sinks": self.sinks} if self.sinks else {}
+        return {"q": self.q.dtype} | keys | masks | turns | places | sinks | {"y": self.y}
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    p, dim = params, dict(zip(params.dims, numbers(dims, len(params.dims)), strict=True))
+    b, s, t = dim["b"], dim["s"], dim["t"]
+    sizes = {
+        "q": (b, p.heads, s, p.d), "k": (b, p.kv_heads, t, p.d), "v": (b, p.kv_heads, t, p.dv),
+        "mask": (b, p.heads, s, t), "turn": (b, s, p.width),
+    }  # fmt: skip
+    elements = {name: rows.reach(name, axes, sizes[name], dim) for name, (rows, axes) in p.rows.items()}
+    if p.cache:
+        elements |= {"k": b * p.kv_heads * t * p.d, "v": b * p.kv_heads * t * p.dv}
+    turn = elements.get("turn", 0)
+    elements |= {"cos": turn, "sin": turn, "past": 1, "start": b, "sinks": p.heads, "y": b * s * p.heads * p.dv}
+    return [Extent(dtype, elements[name], name == "y") for name, dtype in p.pointers.items()]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of queries x heads, keys of a step, and the warps that share them."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile(p: Params, capability: int) -> Tile:
+    """The tile of a program. f32 dots have no tensor cores to feed, and twice the bytes."""
+    width, keys = pad(max(p.d, p.dv)), block_keys(p.d, p.dv)
+    if capability == 0:
+        return Tile(16, 16, 4, 1)
+    if p.compute == "f32":
+        return Tile(32, min(keys, 32), 4, 1)
+    if width > 256:
+        return Tile(64, 16, 8, 1)
+    return Tile(128, keys, 8, 2) if width <= 128 else Tile(64, keys, 8, 2)
+
+
+def emit(params: dict[str, Any], target: Target) -> Source:
+    """The kernel. Pointers and dims: `Params.pointers`, `Params.dims`. y [B, S, heads, dv]."""
+    p: Params = codec.decode(Params, params, TEMPLATE)
+    size = tile(p, target.capability)
+    body = [
+        "head = tl.program_id(1).to(tl.int64)",
+        "batch = tl.program_id(2).to(tl.int64)",
+        f"if (head >= {p.kv_heads}) | (batch >= d0):",
+        "    return",
+        *_dims(p),
+        f"block = (d1 * {p.group} - 1) // {size.rows} - tl.program_id(0)",
+        f"row = block * {size.rows} + tl.arange(0, {size.rows})",
+        f"live = (row >= 0) & (row < d1 * {p.group})",
+        f"position = tl.minimum(tl.maximum(row // {p.group}, 0), d1 - 1).to(tl.int64)",
+        f"query = head * {p.group} + row % {p.group}",
+        f"query_at = {p.q.at('q', 'bhs', b='batch', h='query', s='position')}",
+        *([f"turn_at = {p.turn.at('turn', 'bs', b='batch', s='position')}"] if p.turn else []),
+        *read("x", "q", "query_at", "live", p.d, p.width, "turn_at"),
+        f"x = {operand('x', 'f32', p.compute, target)}",
+        *_range(p, size),
+        f"most = tl.full([{size.rows}], {LOWEST}, tl.float32)",
+        f"total = tl.zeros([{size.rows}], tl.float32)",
+        f"acc = tl.zeros([{size.rows}, {pad(p.dv)}], tl.float32)",
+        f"col = tl.arange(0, {pad(p.dv)})[None, :]",
+        f"for step in range(low // {size.keys}, (high + {size.keys - 1}) // {size.keys}):",
+        *(f"    {line}" for line in _step(p, size, target)),
+        *_sinks(p),
+        "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]",
+        f"place = ((batch * d1 + position) * {p.heads} + query) * {p.dv}",
+        f"tl.store(y + place[:, None] + col, {cast('result', p.y, target)}, mask=live[:, None] & (col < {p.dv}))",
+    ]
+    about = (
+        f"y[b, i, h] = softmax(q[b, h, i] k[b, h / {p.group}, j] * {p.scale!r} over the keys j that i sees) v[b, h /"
+        f" {p.group}].\n\nA program takes {size.rows} rows of queries x heads, {size.keys} keys a step. d0 = B, d1 = S, d2 = T"
+        f"{', the slots of the cache' if p.cache else ''}."
+    )
+    text = module("attention", about, list(p.pointers), len(p.dims), "\n".join(body), target)
+    grid = (blocks(f"d1*{p.group}", size.rows), p.kv_heads, "d0")
+    pointers = tuple(p.pointers.values())
+    return Source(text, "attention", pointers, len(p.dims), grid, warps=size.warps, stages=size.stages)
+
+
+def _dims(p: Params) -> list[str]:
+    lines, first = [], 3
+    for name, (rows, axes) in p.rows.items():
+        lines += rows.lines(name, axes, first)
+        first += len(rows.given(name, axes))
+    return lines
+
+
+def _range(p: Params, size: Tile) -> list[str]:
+    """Statements: `before`, the positions in front of the first query; keys low .. high - 1 are all that a row may see."""
+    if p.cache:
+        lines = [
+            "before = tl.minimum(tl.maximum(tl.load(past), 0), d2)",
+            "first = tl.minimum(tl.maximum(tl.load(start + batch), 0), d2)",
+            "keys = tl.minimum(before + d1, d2)",
+        ]
+    else:
+        zero = "head * 0"  # an i64, as what is loaded above
+        lines = [f"before = {zero}", f"first = {zero}", "keys = before + d2"]
+    lines += ["low = first", "high = keys"]
+    if p.window:
+        lines.append(
+            f"low = tl.maximum(low, before + tl.maximum(block * {size.rows} // {p.group}, 0) - {p.window - 1})"
+        )
+    if p.causal:
+        lines.append(f"high = tl.minimum(high, before + (block * {size.rows} + {size.rows - 1}) // {p.group} + 1)")
+    return lines
+
+
+def _step(p: Params, size: Tile, target: Target) -> list[str]:
+    """Statements: one block of keys."""
+    if p.cache:
+        where = f"((batch * {p.kv_heads} + head) * d2 + at)"
+        key_at, value_at = f"{where} * {p.d}", f"{where} * {p.dv}"
+        dtypes = p.cache, p.cache
+    else:
+        (k, axes), (v, _) = p.rows["k"], p.rows["v"]
+        places = {"b": "batch", "h": "head", "s": "at"}
+        key_at, value_at, dtypes = k.at("k", axes, **places), v.at("v", axes, **places), (k.dtype, v.dtype)
+    key, value = (operand(name, dtype, p.compute, target) for name, dtype in zip(("key", "value"), dtypes, strict=True))
+    seen = ["(at >= first)[None, :] & (at < keys)[None, :]"]
+    if p.causal:
+        seen.append("(at[None, :] <= (before + position)[:, None])")
+    if p.window:
+        seen.append(f"(at[None, :] > (before + position - {p.window})[:, None])")
+    lines = [
+        f"at = step * {size.keys} + tl.arange(0, {size.keys})",
+        "there = ((at >= first) & (at < keys))[:, None]",
+        f"key_at = {key_at}",
+        f"key = tl.load(k + key_at[:, None] + x_col, mask=there & (x_col < {p.d}), other=0.0)",
+        f"value_at = {value_at}",
+        f"value = tl.load(v + value_at[:, None] + col, mask=there & (col < {p.dv}), other=0.0)",
+        f"score = {scaled(dot('x', f'tl.trans({key})'), p.scale, p.softcap)}",
+        f"seen = {' & '.join(seen)}",
+    ]
+    if p.mask:
+        mask_at = p.mask.at("mask", "bhs", b="batch", h="query", s="position")
+        lines += [
+            f"mask_at = {mask_at}",
+            "masked = live[:, None] & (at < keys)[None, :]",
+            "given = tl.load(mask + mask_at[:, None] + at[None, :], mask=masked, other=0)",
+            "seen = seen & (given != 0)" if p.mask.dtype == "bool" else "score = score + given.to(tl.float32)",
+        ]
+    return [*lines, *softmax_step(p.compute, value, target)]
+
+
+def _sinks(p: Params) -> list[str]:
+    if not p.sinks:
+        return []
+    return [
+        "sink = tl.load(sinks + query, mask=live, other=0.0).to(tl.float32)",
+        "new = tl.maximum(most, sink)",
+        "keep = tl.exp(most - new)",
+        "total = total * keep + tl.exp(sink - new)",
+        "acc = acc * keep[:, None]",
+    ]

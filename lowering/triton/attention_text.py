@@ -1,0 +1,56 @@
+"""What the texts of attention kernels share: scores, and the running softmax over blocks of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompile.lowering.triton.rope import pad
+from qcompile.lowering.triton.text import cast, dot_operand, interpreted
+from qcompile.target import Target
+
+LOWEST = "-3.4028234663852886e38"  # finite, so that a row that has seen no key yet has differences that are numbers
+
+
+def dot(left: str, right: str) -> str:
+    """The text of a dot whose operands are used as they are: f32 ones are not rounded to fewer bits."""
+    return f'tl.dot({left}, {right}, input_precision="ieee")'
+
+
+def operand(name: str, dtype: str, compute: str, target: Target) -> str:
+    """The tile `name`, loaded as `dtype`, as an operand of a dot in `compute`."""
+    if dtype == compute:
+        return f"{name}.to(tl.float32)" if interpreted(target) else name
+    return dot_operand(f"{name}.to(tl.float32)", {"compute": compute}, target)
+
+
+def scaled(score: str, scale: float, softcap: float) -> str:
+    """The score of a dot product: times `scale`, then kept inside of -softcap .. softcap, if that is not 0."""
+    score = f"{score} * {scale!r}"
+    return f"{softcap!r} * (1.0 - 2.0 / (tl.exp({score} * {2.0 / softcap!r}) + 1.0))" if softcap else score
+
+
+def block_keys(d: int, dv: int) -> int:
+    """Keys of one block: as many as registers and shared memory hold of this width."""
+    return max(16, min(64, 8192 // pad(max(d, dv))))
+
+
+def softmax_step(compute: str, value: str, target: Target) -> list[str]:
+    """Statements: what a block of keys adds to `total` [rows] and `acc` [rows, columns], whose greatest score is `most`.
+
+    `score` f32 and `seen` i1 are [rows, keys], `value` the operand [keys, columns] of a dot in `compute`.
+    """
+    share: dict[str, Any] = {"compute": compute}
+    return [
+        f"score = tl.where(seen, score, {LOWEST})",
+        "new = tl.maximum(most, tl.max(score, 1))",
+        "keep = tl.exp(most - new)",
+        "share = tl.where(seen, tl.exp(score - new[:, None]), 0.0)",
+        "total = total * keep + tl.sum(share, 1)",
+        f"acc = acc * keep[:, None] + {dot(dot_operand('share', share, target), value)}",
+        "most = new",
+    ]
+
+
+def rounded(name: str, dtype: str, target: Target) -> str:
+    """The f32 `name` rounded to `dtype`, as f32."""
+    return name if dtype == "f32" else f"{cast(name, dtype, target)}.to(tl.float32)"

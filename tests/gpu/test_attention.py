@@ -1,0 +1,174 @@
+"""CUDA attention kernels, interpreted, against eager: grouped heads, windows, caps, sinks, masks, caches part full, padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu.triton_lowered import Interpreted, agrees, program_of
+
+from qcompile import ops
+from qcompile.lowering.triton import attention
+
+assert ops
+CAPACITY = 150
+SHAPES = {  # batch, heads, key heads, D, Dv, rope columns
+    "one head each, padding": (2, 3, 3, 10, 20, 6),
+    "groups of three": (1, 9, 3, 24, 24, 24),
+    "groups of four": (1, 8, 2, 16, 9, 8),
+}
+KINDS = {  # window, softcap, rope, sinks
+    "rope": (0, 0.0, True, False),
+    "window, cap, sinks": (5, 2.0, False, True),
+    "wide window": (70, 0.0, False, False),
+}
+PLACES = [(1, 0), (1, 5), (1, 149), (2, 0), (7, 60), (19, 3)]  # new positions, past
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cached(window: int, softcap: float, rope: bool, sinks: bool) -> Callable[..., torch.Tensor]:
+    """The operator over q [B, S, H, D] and k [B, S, Hkv, D], with cos and sin or sinks as its last arguments."""
+
+    def call(q, k, v, k_cache, v_cache, past, start, cos=None, sin=None, logits=None):  # type: ignore[no-untyped-def]
+        q, k = (torch.ops.aten.transpose.int(x, 1, 2) for x in (q, k))
+        return torch.ops.qcompile.cached_attention.default(
+            q, k, v, cos, sin, k_cache, v_cache, past, start, 0.2, window, softcap, logits
+        )
+
+    if rope:
+        return lambda q, k, v, kc, vc, past, start, cos, sin: call(q, k, v, kc, vc, past, start, cos, sin)
+    if sinks:
+        return lambda q, k, v, kc, vc, past, start, logits: call(q, k, v, kc, vc, past, start, logits=logits)
+    return lambda q, k, v, kc, vc, past, start: call(q, k, v, kc, vc, past, start)
+
+
+def inputs(shape: tuple[int, ...], kind: tuple[Any, ...], s: int, past: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    (b, h, kv, d, dv, width), (_, _, rope, sinks) = shape, kind
+    k_cache, v_cache = values(b, kv, CAPACITY, d, seed=3).to(dtype), values(b, kv, CAPACITY, dv, seed=4).to(dtype)
+    k_cache[:, :, past:], v_cache[:, :, past:] = math.nan, math.nan  # what nobody may look at
+    start = torch.tensor([0, min(past + s - 1, 7)][:b])
+    given = [values(b, s, h, d), values(b, s, kv, d, seed=1), values(b, kv, s, dv, seed=2), k_cache, v_cache]
+    given += [torch.tensor([past]), start]
+    given += [values(1, s, width, seed=5), values(1, s, width, seed=6)] if rope else []
+    return given + ([values(h, seed=7)] if sinks else [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_attention(shape: str, kind: str) -> None:
+    for s, past in PLACES:
+        given = inputs(SHAPES[shape], KINDS[kind], s, past, torch.float32)
+        made = agrees(cached(*KINDS[kind]), given)
+        assert made.kernels == (["attention-decode", "attention-combine"] if s == 1 else ["cache-write", "attention"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_caches_of_16_bits(shape: str, dtype: torch.dtype) -> None:
+    for s, past in ((1, 70), (7, 60)):
+        given = inputs(SHAPES[shape], KINDS["rope"], s, past, dtype)
+        agrees(cached(*KINDS["rope"]), given, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    for s, past in ((1, 130), (7, 60)):
+        given = inputs(SHAPES["groups of three"], KINDS["rope"], s, past, torch.bfloat16)
+        made = Interpreted(program_of(cached(*KINDS["rope"]), *given))
+        results = [made(*(x.clone() for x in given)) for _ in range(2)]
+        assert torch.equal(*results)
+
+
+def test_a_past_that_no_cache_has_writes_nothing() -> None:
+    """A wrong number must not lead outside of the cache; what comes out of it is nobody's business."""
+    for s in (1, 7):
+        given = inputs(SHAPES["groups of three"], KINDS["rope"], s, 0, torch.float32)
+        given[5] = torch.tensor([2**40])
+        before = [x.clone() for x in given]
+        Interpreted(program_of(cached(*KINDS["rope"]), *given))(*given)
+        for mine, old in zip(given, before, strict=True):
+            assert torch.equal(mine.nan_to_num(), old.nan_to_num())
+
+
+def test_parts_of_a_cache() -> None:
+    """A cache is cut by its capacity alone: a part has 64 slots, or a multiple where there would be too many."""
+    from qcompile.dims import evaluate
+
+    for capacity in (1, 64, 65, 4095, 4096, 4097, 1 << 17, 1 << 20):
+        parts = evaluate(attention._parts("c", 64), {"c": capacity})
+        assert parts == attention._parts(capacity, 64)
+        assert 1 <= parts <= 64 and (capacity > 4095 or parts == -(-capacity // 64))
+
+
+WHOLE = {  # batch, heads, key heads, D, Dv; causal, window, softcap, sinks
+    "causal": ((1, 6, 2, 24, 10), (True, 0, 0.0, False)),
+    "all": ((2, 2, 2, 16, 16), (False, 0, 0.0, False)),
+    "causal window, sinks": ((1, 3, 1, 12, 12), (True, 5, 0.0, True)),
+    "window, cap": ((1, 4, 2, 20, 16), (False, 6, 3.0, True)),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_attention_without_a_cache(case: str) -> None:
+    (b, h, kv, d, dv), (causal, window, softcap, sinks) = WHOLE[case]
+
+    def call(q: Any, k: Any, v: Any, logits: Any = None) -> Any:
+        q = torch.ops.aten.transpose.int(q, 1, 2)
+        return torch.ops.qcompile.attention.default(q, k, v, 0.2, causal, window, softcap, logits)
+
+    given = [values(b, 19, h, d), values(b, kv, 19, d, seed=1), values(b, kv, 19, dv, seed=2)]
+    function = (lambda q, k, v, logits: call(q, k, v, logits)) if sinks else (lambda q, k, v: call(q, k, v))
+    made = agrees(function, [*given, values(h, seed=3)] if sinks else given, rtol=4e-3, atol=4e-3)
+    assert made.kernels == ["attention"]
+
+
+MASKS: dict[str, Callable[..., torch.Tensor]] = {
+    "none": lambda b, h, s, t: torch.ones(0),
+    "padding": lambda b, h, s, t: (values(b, 1, 1, t) > -1.0) | (torch.arange(t) == 0),
+    "bool": lambda b, h, s, t: (values(b, h, s, t) > -0.5) | (torch.arange(t) == 0),
+    "minus infinity": lambda b, h, s, t: torch.where(values(1, h, s, t) > 1.0, -math.inf, values(1, h, s, t)),
+    "lowest": lambda b, h, s, t: torch.where(values(b, 1, 1, t) > 0.0, torch.finfo(torch.float32).min, 0.0),
+    "rows": lambda b, h, s, t: values(s, t),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_sdpa_with_a_mask(mask: str) -> None:
+    b, h, s, t, d = 2, 3, 7, 21, 12
+    given = [values(b, h, s, d), values(b, h, t, d, seed=1), values(b, h, t, d, seed=2)]
+    sdpa = torch.ops.aten.scaled_dot_product_attention.default
+    if mask == "none":
+        made = agrees(lambda q, k, v: sdpa(q, k, v, None, 0.0, True), given, rtol=4e-3, atol=4e-3)
+    else:
+        made = agrees(lambda q, k, v, m: sdpa(q, k, v, m), [*given, MASKS[mask](b, h, s, t)], rtol=4e-3, atol=4e-3)
+    assert made.kernels == ["attention"]
+
+
+def test_rope_alone() -> None:
+    for b, tables, s, width in ((2, 1, 19, 6), (2, 2, 1, 10)):
+        given = [values(b, s, 3, 10), values(tables, s, width, seed=1), values(tables, s, width, seed=2)]
+        made = agrees(
+            lambda x, cos, sin: torch.ops.qcompile.rope.default(torch.ops.aten.transpose.int(x, 1, 2), cos, sin), given
+        )
+        assert made.kernels == ["rope"]
+
+
+def test_rows_that_kernels_cannot_read_in_place_are_copied() -> None:
+    """A slice that begins at no multiple of 16 bytes; the columns of a row apart from each other."""
+
+    def function(x: Any, k: Any, v: Any) -> Any:
+        q = torch.ops.aten.slice.Tensor(x, 3, 1, 9)
+        return torch.ops.qcompile.attention.default(
+            q, torch.ops.aten.transpose.int(k, 2, 3), v, 0.2, True, 0, 0.0, None
+        )
+
+    made = agrees(
+        function, [values(1, 2, 5, 10), values(1, 2, 8, 5), values(1, 2, 5, 8)], rtol=4e-3, atol=4e-3
+    )  # fmt: skip
+    assert made.kernels == ["copy", "copy", "attention"]
