@@ -1,4 +1,4 @@
-"""The command line: plan, compile, run, inspect, export, convert, bench, formats, targets.
+"""The command line: plan, compile, run, inspect, export, convert, bench, tune, formats, targets.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 an error of qcompile's own kind, 2 wrong usage.
 """
@@ -325,6 +325,50 @@ def bench(
     result |= {"prefill tokens/s": prompt_length / prefill, "decode tokens/s": new_tokens / decode}
     lines = [f"{name:18} {value:10.2f}" for name, value in result.items()]
     click.echo(json.dumps(result) if as_json else "\n".join(lines))
+
+
+def _shapes(_: Any, __: Any, text: str | None) -> list[tuple[int, int]]:
+    """(N, K) pairs from "4096x4096,14336x4096"."""
+    found = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in (text or "").split(",") if part.strip()]
+    if None in found:
+        raise click.BadParameter(f"{text!r} is no list of shapes, such as 4096x4096,14336x4096")
+    return [(int(match[1]), int(match[2])) for match in found if match is not None]
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path), required=False)
+@click.option("--shapes", callback=_shapes, metavar="NxK,...", help="Linear layers of these sizes instead of ARTIFACT.")
+@click.option("--config", help="With --shapes: the quantization config, as for compile.")
+@click.option("--target", default="cuda", show_default=True, help="One GPU; `cuda` is that of this machine.")
+@click.option(
+    "--write", "output", type=click.Path(path_type=Path),
+    help="The table to write; what it has of other kernels stays. Default: schedules.json in qcompile's cache folder.",
+)  # fmt: skip
+@click.option("--most", type=click.IntRange(min=1), default=12, show_default=True, help="Schedules to time a kernel.")
+@click.option("--dry-run", is_flag=True, help="Show the candidates and their modelled times; needs no GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print the candidates as JSON.")
+def tune(
+    artifact: Path | None, shapes: list[tuple[int, int]], config: str | None, target: str, output: Path | None,
+    most: int, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Time schedules of ARTIFACT's linear kernels on this machine's GPU, and keep the fastest for later compiles."""
+    from qcompile import tuning
+    from qcompile.lowering.triton import tables
+    from qcompile.runtime.cache import cache_folder
+    from qcompile.runtime.store import read
+
+    if (artifact is None) == (not shapes):
+        raise click.UsageError("one of ARTIFACT and --shapes is needed")
+    code = tuning.code_of(target)
+    timer = None if dry_run else tuning.GpuTimer(code)
+    models = [read(artifact)] if artifact is not None else tuning.layers(shapes, _config(config))
+    with _progress(not as_json) as progress:
+        rows = tuning.tune(models, code, timer, most, progress)
+    click.echo(json.dumps([row.to_json() for row in rows], indent=1) if as_json else tuning.show(rows))
+    if timer is not None:
+        place = tables.user_file(cache_folder()) if output is None else output
+        tables.write(place, tuning.best(rows, code.capability, timer.name))
+        click.echo(f"written to {place}", err=True)
 
 
 @main.command()

@@ -19,7 +19,7 @@ ATTAINABLE = 0.92  # of the bandwidth that a data sheet names
 L2_PORT = 64  # bytes a clock into one multiprocessor
 EDGES = 400  # instructions of a thread around its loop
 STEP = 60  # instructions of a thread around a step's decoding: waits, barriers, addresses
-PER_WARP = 0.3  # of a scheduler's issue slots that one warp fills
+PER_WARP = 0.4  # of a scheduler's issue slots that one warp fills
 
 
 def resident(problem: Problem, schedule: Schedule, gpu: Device) -> int:

@@ -27,6 +27,7 @@ BUCKETS = (4, 32, 128, OPEN)
 GRANULE = 128
 """K is split at multiples of this many inputs, so that no part cuts a group or a step in two."""
 
+ENOUGH, MOST_PARTS = 400, 16  # programs, and parts of K
 
 _in_use: ContextVar[Table | None] = ContextVar("schedules", default=None)
 
@@ -44,18 +45,20 @@ def using(table: Table) -> Iterator[None]:
 def split(n: int, k: int, m_bucket: int) -> int:
     """How many parts K is summed in, which later are added in order; 1 where the outputs alone make work enough.
 
-    As many as give every multiprocessor of a large GPU two programs of 64 outputs, while a part keeps 1024 inputs; a divisor
-    of the number of granules in K.
+    Enough are 400 programs of 64 outputs, three for each multiprocessor of a large GPU. A part has 512 inputs or more, and
+    is whole granules.
 
     >>> split(4096, 4096, 4), split(28672, 4096, 4), split(4096, 14336, 4), split(4096, 4096, OPEN), split(576, 576, 4)
-    (4, 1, 4, 1, 1)
+    (8, 1, 7, 1, 1)
     """
-    tiles = math.ceil(n / 64) * math.ceil(m_bucket / 128)
+    wanted = math.ceil(ENOUGH / (math.ceil(n / 64) * math.ceil(m_bucket / 128)))
     granules, rest = divmod(k, GRANULE)
-    if rest or tiles >= 200:
+    if rest:
         return 1
-    wanted = min(math.ceil(256 / tiles), k // 1024, 16)
-    return max((parts for parts in range(1, wanted + 1) if granules % parts == 0), default=1)
+    possible = [
+        parts for parts in range(1, MOST_PARTS + 1) if granules % parts == 0 and (parts == 1 or k // parts >= 512)
+    ]
+    return min((parts for parts in possible if parts >= wanted), default=possible[-1])
 
 
 def choose(

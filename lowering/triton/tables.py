@@ -112,6 +112,13 @@ def read(path: str | os.PathLike[str]) -> Table:
     return parse(data, str(place))
 
 
+def write(path: Path, table: Table) -> None:
+    """Puts `table` into a file, over what that has; ConfigError where the file is there and is no table."""
+    known = read(path) if path.exists() else Table()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(render(table.over(known)))
+
+
 def user_file(folder: Path) -> Path:
     """Where a user's own table lies in the folder of qcompile's caches."""
     return folder / "schedules.json"
