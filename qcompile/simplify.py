@@ -225,6 +225,7 @@ class Simplifier:
     def bits(self, word: Expr, shift: Expr, width: int) -> Expr:
         """A bit field of a bit field is one; a mask that clears nothing is dropped (width 32), a shift by 0 too."""
         first, last = self.interval(shift)
+        first = max(first, 0)  # a bound may be loose; no shift is negative
         if word.op == "const" and shift.op == "const":
             return const(_wrap((word.attr & 0xFFFFFFFF) >> shift.attr & ((1 << width) - 1)))
         if word.op == "bits" and (first == last or last + width <= word.attr):

@@ -123,13 +123,22 @@ class Shape:
             for part, (format, n) in enumerate(zip(self.parse(), self.rows, strict=True))
         ]
 
+    def extras(self) -> list[Pointer]:
+        """The pointers of the tensors that adds and muls of the epilogue take, in order."""
+        added = [step["op"] for step in self.epilogue if step["op"] in ("add", "mul")]
+        return [Pointer(f"{op}_{i}", "f32") for i, op in enumerate(added)]
+
     def pointers(self) -> list[Pointer]:
         """All pointers in order, up to the scratch."""
-        norms = ["norm_weight", "norm_bias"][: norm_count(self.prologue)]
-        added = [step["op"] for step in self.epilogue if step["op"] in ("add", "mul")]
-        extras = [*["bias"] * self.bias, *norms, *(f"{op}_{i}" for i, op in enumerate(added))]
         stored = [pointer for part in self.stored() for pointer in part]
-        return [Pointer("x", self.x), Pointer("y", "f32"), *stored, *(Pointer(name, "f32") for name in extras)]
+        names = [*["bias"] * self.bias, *["norm_weight", "norm_bias"][: norm_count(self.prologue)]]
+        extras = [*(Pointer(name, "f32") for name in names), *self.extras()]
+        return [Pointer("x", self.x), Pointer("y", "f32"), *stored, *extras]
+
+
+def types(pointers: Sequence[Pointer]) -> tuple[str, ...]:
+    """The dtypes that a kernel's text sees: floats of 8 bits are bytes, which every GPU can read."""
+    return tuple("u8" if pointer.dtype.startswith("f8") else pointer.dtype for pointer in pointers)
 
 
 def norm_count(prologue: dict[str, Any] | None) -> int:
@@ -170,10 +179,12 @@ class Request:
         stored = [view for part in self.stored for view in part]
         return [self.x, self.y, *stored, *([self.bias] if self.bias else []), *self.norms, *self.extras]
 
-    def call(self, template: str, scratch: Sequence[View] = (), **more: Any) -> Call:
-        """The call of `template` with the shape's parameters and `more`; `scratch` follows the other arguments, written."""
-        args = [*self.args, *scratch]
-        written = (1, *range(len(self.args), len(args)))
+    def call(self, template: str, scratch: Sequence[View] = (), inputs: Sequence[View] = (), **more: Any) -> Call:
+        """The call of `template` with the shape's parameters and `more`. `inputs`, then `scratch`, which is written, follow the
+        other arguments.
+        """
+        args = [*self.args, *inputs, *scratch]
+        written = (1, *range(len(args) - len(scratch), len(args)))
         return self.ctx.call(template, self.shape.params(**more), args, (self.m,), written)
 
     def reading(self, x: View, dtype: Element) -> Request:

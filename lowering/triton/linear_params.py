@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qcompile.artifact import Extent
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.extents import outside
-from qcompile.lowering.triton.linear import Compute, Element
+from qcompile.lowering.triton.linear import Compute, Element, Shape
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]
 MOST = 2**31 - 1  # N, K and M are i32
@@ -56,6 +56,15 @@ class LinearParams:
         return [format_from_json(data) for data in self.formats]
 
     @property
+    def shape(self) -> Shape:
+        """The same as `linear.Shape`."""
+        prologue = None if self.prologue is None else asdict(self.prologue)
+        endings = tuple(
+            {key: value for key, value in asdict(step).items() if value is not None} for step in self.epilogue
+        )
+        return Shape(self.formats, self.rows, self.k, self.bias, prologue, endings, self.compute, self.x)
+
+    @property
     def gated(self) -> bool:
         return any(step.op == "glu" for step in self.epilogue)
 
@@ -66,7 +75,7 @@ class LinearParams:
         found = outside(
             self,
             formats=1 <= count <= (2 if gates else 64),
-            rows=len(self.rows) == count and 1 <= min(self.rows) and sum(self.rows) <= MOST and (halves or not gates),
+            rows=len(self.rows) == count and min(self.rows) >= 1 and sum(self.rows) <= MOST and (halves or not gates),
             k=1 <= self.k <= MOST,
             epilogue=len(self.epilogue) <= 16 and len(gates) <= 1 and all(step.act for step in gates),
         )

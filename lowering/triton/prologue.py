@@ -1,0 +1,83 @@
+"""The start of a linear kernel: rows of x normalised in the kernel where they are few, by a kernel in front where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompile.artifact import Call
+from qcompile.dims import times
+from qcompile.lowering.base import Refuse
+from qcompile.lowering.triton import activation
+from qcompile.lowering.triton.linear import Element, Request
+from qcompile.row_transforms import problem
+
+BLOCK = 1024  # inputs of a step over a row
+
+
+def normalised(request: Request, dtype: Element | None = None) -> tuple[list[Call], Request]:
+    """What makes x ready for a kernel that reads it as it is, and the request that is left: x normalised and transformed.
+
+    The rows are written in `dtype` (the compute dtype unless told) by one kernel; there is none where nothing is to be done.
+    """
+    spec, shape = request.spec, request.shape
+    if spec.prologue is None and not spec.before:
+        return [], request
+    if why := problem(spec.transforms(), spec.k):
+        raise Refuse(f"no text for {why}")
+    out = dtype or shape.compute
+    made = request.ctx.temp((times(request.m, spec.k),), out)
+    params = {
+        "k": spec.k, "padded": spec.k, "prologue": spec.prologue, "transforms": list(spec.before), "out": out,
+    }  # fmt: skip
+    stored = [view for views in request.transforms for view in views]
+    args = [request.x, *request.norms, *stored, made]
+    return [request.ctx.call(activation.TEMPLATE, params, args, (request.m,), (len(args) - 1,))], request.reading(
+        made, out
+    )
+
+
+def statistics(prologue: dict[str, Any], k: int, rows: int) -> list[str]:
+    """The statements that make rate0, rate1 ... (and mean0, mean1 ... of a layer norm) of rows 0 .. `rows` - 1 of x f32 [M, k].
+
+    Rows from d0 on, which there are not, count as zeros.
+    """
+    block = min(BLOCK, 1 << (k - 1).bit_length())
+    inside = "at < {k}" if k % block else "at >= 0"
+    centred = prologue["op"] == "layer_norm"
+    lines = []
+
+    def over_row(row: int, what: str, start: str) -> list[str]:
+        mask = f"({inside.format(k=k)}) & ({row} < d0)"
+        return [
+            f"total = tl.zeros([{block}], tl.float32)",
+            f"for start in range(0, {k}, {block}):",
+            f"    at = start + tl.arange(0, {block})",
+            f"    value = {start.format(read=f'tl.load(x + {row * k} + at, mask={mask}, other=0.0)', mask=mask)}",
+            f"    total += {what}",
+        ]
+
+    for row in range(rows):
+        read = "{read}"
+        if centred:
+            lines += [*over_row(row, "value", read), f"mean{row} = tl.sum(total, 0) / {float(k)}"]
+            read = f"tl.where({{mask}}, {{read}} - mean{row}, 0.0)"
+        lines += [
+            *over_row(row, "value * value", read),
+            f"rate{row} = tl.rsqrt(tl.sum(total, 0) / {float(k)} + {prologue['eps']!r})",
+        ]
+    return lines
+
+
+def weights(prologue: dict[str, Any], mask: str) -> list[str]:
+    """The statements that load the norm's tensors at inputs k; `mask` is the condition that k is one, empty where it is."""
+    masked = f", mask={mask}, other=0.0" if mask else ""
+    offset = f" + {prologue['offset']!r}" if prologue.get("offset") else ""
+    lines = [f"norm_scale = tl.load(norm_weight + k{masked}){offset}"]
+    return [*lines, f"norm_shift = tl.load(norm_bias + k{masked})"] * (prologue["op"] == "layer_norm") or lines
+
+
+def apply(prologue: dict[str, Any], x: str, row: int) -> str:
+    """The normalised inputs k of a row, from `x`, the name of those of x."""
+    if prologue["op"] == "layer_norm":
+        return f"({x} - mean{row}) * rate{row} * norm_scale + norm_shift"
+    return f"{x} * rate{row} * norm_scale"
