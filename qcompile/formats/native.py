@@ -10,7 +10,7 @@ import torch
 
 from qcompile.evaluate import Reader, row_chunks
 from qcompile.expr import Expr, bitcast, bits, const, k, n
-from qcompile.format import Format, Names, Packed, Problem, Stored
+from qcompile.format import Names, Packed, Problem, Stored
 from qcompile.formats.affine import Affine, Terms
 from qcompile.simplify import interval
 from qcompile.transform import Transform
@@ -122,7 +122,7 @@ def native_for(packed: Packed, before: Sequence[Transform]) -> Packed | str:
     low, high = interval(terms.code) if kind == "int" else (0, 0)
     if low - zero < -128 or high - zero > 127:
         return f"its codes are {low - zero} .. {high - zero} from zero"
-    layout = _layout(format, terms, kind, group if group < K else 0, zero)
+    layout = _layout(packed, terms, kind, group if group < K else 0, min(group, wanted[1] or K), zero)
     width = layout.padded(K) * layout.bits // 8
     codes = torch.zeros(N, width, dtype=torch.int8 if layout.stored(N, K)[0].dtype == "i8" else torch.uint8)
     columns, starts, first = torch.arange(K), torch.arange(0, K, group), torch.arange(0, N, layout.rows)
@@ -156,16 +156,18 @@ def _zero(packed: Packed, terms: Terms, group: int) -> int | str:
     return int(zero[0])
 
 
-def _layout(format: Format, terms: Terms, kind: str, group: int, zero: int) -> Native:
-    """The layout of these codes. Blocks of the matrix that share a scale keep sharing it, a whole matrix does not."""
-    rows = getattr(format, "rows", 1) or 1
+def _layout(packed: Packed, terms: Terms, kind: str, group: int, shared: int, zero: int) -> Native:
+    """The layout of these codes, of which `shared` inputs share both scales, of the weight and of x.
+
+    Blocks of the matrix that share a scale keep sharing it, a whole matrix does not.
+    """
+    rows = getattr(packed.format, "rows", 1) or 1
     if kind != "int":
         return Native(kind, group=group, rows=rows)  # type: ignore[arg-type]
     low, high = interval(terms.code)
     width = next(w for w in (2, 4, 8) if w == 8 or (low >= 0 and high < 1 << w))
-    block = min(group or BLOCK, BLOCK)
-    if width < 8 and block % BLOCK == 0:
-        return Native("int", width, zero, block, group, rows)  # type: ignore[arg-type]
+    if width < 8 and (shared == packed.K or shared % BLOCK == 0):
+        return Native("int", width, zero, BLOCK, group, rows)  # type: ignore[arg-type]
     return Native("int", group=group, rows=rows)
 
 

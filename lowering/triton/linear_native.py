@@ -1,0 +1,361 @@
+"""Linears over codes on both sides: dots of int8 or of 8-bit floats, with the scales factored out of the sums.
+
+    y[m, n] = sum over g of x_scale[m, g] * scale[n, g] * (sum over the k of g of x_code[m, k] * (code[n, k] - zero))
+
+The template "activation" has made the codes of x in front. Sums of int8 are exact. Codes of floats are multiplied as they are
+where the machine can (capability 8.9 and above: it keeps fewer bits than f32 within a step), else as f16, in which each has
+a place. Where columns with outliers stay floats (LLM.int8), steps that hold such a column multiply those numbers too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.artifact import Call, Extent, View
+from qcompile.dims import Dim
+from qcompile.format import format_from_json
+from qcompile.formats.native import BLOCK, SHORTEST, Native, native_codes
+from qcompile.lowering.base import Refuse
+from qcompile.lowering.extents import numbers, outside
+from qcompile.lowering.triton import outlier_columns
+from qcompile.lowering.triton.activation import TEMPLATE as ACTIVATION
+from qcompile.lowering.triton.bytes import halves, packed, unpack
+from qcompile.lowering.triton.elementary import functions
+from qcompile.lowering.triton.epilogue import finish
+from qcompile.lowering.triton.linear import Request, Shape
+from qcompile.lowering.triton.linear_params import LinearParams
+from qcompile.lowering.triton.schedule import OPEN, choose
+from qcompile.lowering.triton.source import Source
+from qcompile.lowering.triton.text import DTYPES, interpreted, module
+from qcompile.lowering.triton.tiles import Schedule
+from qcompile.row_transforms import problem as row_problem
+from qcompile.target import Target
+from qcompile.transforms.llm_int8 import LlmInt8
+
+TEMPLATE = "linear-native"
+TIER = "native"
+FEW = 4  # rows of x that each program of "activation" may look at for outliers
+FIRST_FP8 = 89  # the least capability that multiplies 8-bit floats
+
+_E4M3 = '''
+@triton.jit
+def half(code):
+    """The f16 worth 2^-8 of the e4m3 number whose bits are `code`."""
+    bits = code.to(tl.uint16)
+    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+'''
+_E5M2 = '''
+@triton.jit
+def half(code):
+    """The e5m2 number whose bits are `code`, as f16."""
+    return (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(LinearParams):
+    """`group` inputs share a scale of x (0: all); `most` is the greatest M (0: any). `outliers`: some columns stay floats."""
+
+    group: int
+    most: int
+    outliers: bool
+
+    def problem(self) -> str:
+        if found := super().problem():
+            return found
+        (layout, *others) = self.parts
+        if others or not isinstance(layout, Native):
+            return "formats"
+        sizes = sorted((layout.group or self.k, self.group or self.k))
+        whole = self.k % sizes[0] == 0 and sizes[1] % sizes[0] == 0
+        long = sizes[0] == self.k or (sizes[0] & -sizes[0] >= SHORTEST and not self.outliers)
+        packed = layout.bits == 8 or (layout.block == BLOCK and (sizes[0] == self.k or sizes[0] % BLOCK == 0))
+        return outside(
+            self,
+            formats=packed and (layout.code == "int" or layout.bits == 8) and abs(layout.zero) < 128,
+            group=self.group >= 0 and whole and long,
+            most=0 <= self.most <= OPEN,
+            outliers=not self.outliers or layout.code == "int",
+            prologue=self.prologue is None,
+        )
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    (m,) = numbers(dims, 1)
+    layout = params.parts[0]
+    assert isinstance(layout, Native)
+    padded = layout.padded(params.k)
+    first, *rest = params.extents(m)
+    out = [first._replace(dtype="i8" if layout.code == "int" else "u8", elements=m * padded), *rest]
+    out.append(Extent("f32", m * (params.k // (params.group or params.k))))
+    return out + ([Extent(params.compute, m * padded), Extent("u8", padded)] if params.outliers else [])
+
+
+def emit(params: dict[str, Any], target: Target) -> Source:
+    """Pointers: x codes [M, padded], y, codes and scale of the weight, bias, one for each add or mul, the scales of x f32
+    [M, groups]; with outliers their numbers in the compute dtype [M, padded] and their columns u8 [padded]. Dims: M.
+    """
+    return _Text(params, target).source()
+
+
+class _Text:
+    """The text of one kernel: `left` says whether the weight is on the left of the dot, as it is for few rows."""
+
+    def __init__(self, params: dict[str, Any], target: Target):
+        layout = format_from_json(params["formats"][0])
+        assert isinstance(layout, Native)
+        self.shape, self.layout, self.target = Shape.of(params), layout, target
+        self.k, self.outliers, self.most = params["k"], params["outliers"], params["most"] or OPEN
+        self.padded = layout.padded(self.k)
+        self.x_group, self.w_group = params["group"] or self.k, layout.group or self.k
+        self.segment = min(self.x_group, self.w_group)
+        self.per = 8 // layout.bits
+        self.tile = self._tile()
+        self.left = self.most <= 32
+        self.exact = layout.code == "int"
+        self.native = bool(self.exact or target.capability >= FIRST_FP8)
+
+    @property
+    def split(self) -> bool:
+        """Whether scales change along K."""
+        return self.segment < self.k
+
+    def _tile(self) -> Schedule:
+        kind = "int8" if self.layout.code == "int" else "fp8"
+        found = choose(
+            kind, self.shape.n, self.k, self.most, self.layout.bits, self.target.capability,
+            group=self.segment if self.segment < self.k else 0,
+        )  # fmt: skip
+        step = self.layout.block if self.per > 1 else found.block_k
+        if self.segment < self.k:
+            step = min(step, self.segment & -self.segment)
+        warps = found.warps
+        if self.segment < self.k:  # a step's sums, and those of all: twice the registers
+            warps = max(warps, min(found.block_n * found.block_m // 1024, 8))
+        return Schedule(found.block_n, found.block_m, step, warps, found.stages)
+
+    def source(self) -> Source:
+        (section,), tile = self.shape.sections(), self.tile
+        pointers = self.shape.pointers()
+        names = [pointer.name for pointer in pointers] + ["x_scale", *(["rest", "columns"] if self.outliers else [])]
+        types = ["i8" if self.exact else "u8", *(pointer.dtype for pointer in pointers[1:]), "f32"]
+        types += [self.shape.compute, "u8"] if self.outliers else []
+        self.streams = [first for _, first in section.streams]
+        self.rows = section.rows
+        lines = [*self._places(), *(self._segments() if self.split else self._whole())]
+        sums = [f"sum{i}" for i in range(len(self.streams))]
+        lines += finish(self.shape, section, sums, ragged=self.rows % self.tile.block_n != 0)
+        about = (
+            "y[m, n] = sum of x_code[m, k] * (code[n, k] - zero) * x_scale * scale\n\n"
+            f"{self.layout}\n{tile}; the weight is on the {'left' if self.left else 'right'} of the dot."
+        )
+        portable = not self.native and interpreted(self.target)
+        helper = {"f8e4m3": _E4M3, "f8e5m2": _E5M2}[self.layout.code] if portable else ""
+        body = "\n".join(lines)
+        text = module("linear_native", about, names, 1, body, self.target, helper + functions(body))
+        m_tiles: Dim = f"(d0 + {tile.block_m - 1})//{tile.block_m}"
+        grid: tuple[Dim, Dim, Dim] = (-(-section.rows // tile.block_n), m_tiles, 1)
+        return Source(text, "linear_native", tuple(types), 1, grid, tile.warps, tile.stages)
+
+    # -- places --
+
+    def _places(self) -> list[str]:
+        """Rows beyond the last read the last one's data, and write none."""
+        n, m = ("[:, None]", "[None, :]") if self.left else ("[None, :]", "[:, None]")
+        k = ("[None, :]", "[:, None]") if self.left else ("[:, None]", "[None, :]")
+        tile, bytes_ = self.tile, self.tile.block_k // self.per
+        lines = [
+            f"n = (tl.program_id(0) * {tile.block_n} + tl.arange(0, {tile.block_n})){n}",
+            f"m = (tl.program_id(1) * {tile.block_m} + tl.arange(0, {tile.block_m})){m}",
+            "row = tl.minimum(m, d0 - 1).to(tl.int64)",
+            f"j = tl.arange(0, {bytes_})",
+            f"x_at = row * {self.padded} + j{k[1]}",
+        ]
+        for i, first in enumerate(self.streams):
+            at = f"tl.minimum(n, {self.rows - 1})" + (f" + {first}" if first else "")
+            lines.append(f"row{i} = ({at}).to(tl.int64)")
+            lines.append(f"w_at{i} = row{i} * {self.padded // self.per} + j{k[0]}")
+        return lines
+
+    def _zeros(self, dtype: str) -> str:
+        sizes = (self.tile.block_n, self.tile.block_m) if self.left else (self.tile.block_m, self.tile.block_n)
+        return f"tl.zeros({sizes}, {dtype})"
+
+    # -- sums --
+
+    def _whole(self) -> list[str]:
+        """One sum over all of K, scaled once."""
+        lines = [
+            f"acc{i} = {self._zeros('tl.int32' if self.exact else 'tl.float32')}" for i in range(len(self.streams))
+        ]
+        if self.outliers:
+            lines += [f"float{i} = {self._zeros('tl.float32')}" for i in range(len(self.streams))]
+        lines.append(f"for k0 in range(0, {self.padded}, {self.tile.block_k}):")
+        lines += [f"    {line}" for line in self._step("k0", self.padded % self.tile.block_k != 0)]
+        lines.append("x_by = tl.load(x_scale + row)")
+        for i in range(len(self.streams)):
+            total = f"acc{i}.to(tl.float32) * x_by" + (f" + float{i}" if self.outliers else "")
+            lines.append(f"sum{i} = ({total}) * {self._factor(f'tl.load(w_scale + {self._scale_row(i)})')}")
+        return lines
+
+    def _segments(self) -> list[str]:
+        """A sum over each run of inputs that share their scales."""
+        count, steps = self.k // self.segment, self.segment // self.tile.block_k
+        lines = [f"sum{i} = {self._zeros('tl.float32')}" for i in range(len(self.streams))]
+        lines.append(f"for s in range(0, {count}):")
+        inner = [
+            f"acc{i} = {self._zeros('tl.int32' if self.exact else 'tl.float32')}" for i in range(len(self.streams))
+        ]
+        for step in range(steps):
+            inner += self._step(f"(s * {self.segment} + {step * self.tile.block_k})", False)
+        x_groups, w_groups = self.k // self.x_group, self.k // self.w_group
+        inner.append(f"x_by = tl.load(x_scale + row * {x_groups} + s // {self.x_group // self.segment})")
+        for i in range(len(self.streams)):
+            at = f"{self._scale_row(i)} * {w_groups} + s // {self.w_group // self.segment}"
+            by = self._factor(f"(x_by * tl.load(w_scale + {at}))")
+            inner.append(f"sum{i} += acc{i}.to(tl.float32) * {by}")
+        return [*lines, *(f"    {line}" for line in inner)]
+
+    def _scale_row(self, i: int) -> str:
+        return f"row{i}" if self.layout.rows == 1 else f"row{i} // {self.layout.rows}"
+
+    def _factor(self, scale: str) -> str:
+        """The scale, and what the f16 of both codes lack."""
+        return f"({scale} * 65536.0)" if not self.native and self.layout.code == "f8e4m3" else scale
+
+    def _step(self, k0: str, ragged: bool) -> list[str]:
+        """The dots of one step; `ragged`: the last one passes the end of the rows."""
+        width, lines = self.tile.block_k // self.per, list[str]()
+        w_mask, x_mask = self._mask(k0, ragged, 0), self._mask(k0, ragged, 1)
+        start = k0 if self.per == 1 else f"{k0} // {self.per}"
+        for i in range(len(self.streams)):
+            lines.append(f"w{i} = tl.load(w_codes + w_at{i} + {start}{w_mask}, eviction_policy='evict_first')")
+        for plane in range(self.per):
+            at = f"{k0} + {plane * width}" if plane else k0
+            lines.append(f"xs = {self._operand(f'tl.load(x + x_at + {at}{x_mask})')}")
+            for i in range(len(self.streams)):
+                code = self._operand(f"w{i}") if self.per == 1 else self._unpacked(i, plane)
+                lines.append(f"acc{i} = {self._dot(code, 'xs', f'acc{i}')}")
+        if self.outliers:
+            lines += self._floats(k0, ragged)
+        return lines
+
+    def _mask(self, k0: str, ragged: bool, side: int) -> str:
+        if not ragged:
+            return ""
+        along = ("[None, :]", "[:, None]") if self.left else ("[:, None]", "[None, :]")
+        return f", mask=j{along[side]} < {self.padded} - {k0}, other=0"
+
+    def _operand(self, codes: str) -> str:
+        """Loaded codes as the dot takes them."""
+        if self.exact:
+            return codes
+        if self.native:
+            return f"{codes}.to({'tl.float8e4nv' if self.layout.code == 'f8e4m3' else 'tl.float8e5'}, bitcast=True)"
+        if interpreted(self.target):
+            return f"half({codes}).to(tl.float32)"
+        return packed(halves(self.layout.code), "=r,=r,r", codes, "tl.float16")
+
+    def _unpacked(self, i: int, plane: int) -> str:
+        """The codes of one plane of packed bytes."""
+        bits = self.layout.bits
+        if not interpreted(self.target):
+            return packed(unpack(bits, plane, self.layout.zero), "=r,r", f"w{i}", "tl.int8")
+        moved = f"(w{i} >> {plane * bits})" if plane else f"w{i}"
+        code = f"({moved} & {(1 << bits) - 1}).to(tl.int8)"
+        return f"({code} - {self.layout.zero}).to(tl.int8)" if self.layout.zero else code
+
+    def _dot(self, w: str, x: str, acc: str) -> str:
+        a, b = (w, x) if self.left else (x, w)
+        if self.exact:
+            return f"tl.dot({a}, {b}, {acc}, out_dtype=tl.int32)"
+        if self.native:  # Hopper's own sums keep about 14 bits: they join those in f32 every 128 inputs at the latest
+            return f"tl.dot({a}, {b}, {acc}, max_num_imprecise_acc={min(self.tile.block_k, 128)})"
+        return (
+            f"tl.dot({a}, {b}, {acc})"
+            if not interpreted(self.target)
+            else f"tl.dot({a}, {b}, {acc}, input_precision='ieee')"
+        )
+
+    def _floats(self, k0: str, ragged: bool) -> list[str]:
+        """The part of columns with outliers, of which most steps have none."""
+        mask = f", mask=j < {self.padded} - {k0}, other=0" if ragged else ""
+        found = f"tl.max(tl.load(columns + {k0} + j{mask}), 0).to(tl.int32)"
+        inner = [f"kept = {self._dot_operand(f'tl.load(rest + x_at + {k0}{self._mask(k0, ragged, 1)})')}"]
+        for i in range(len(self.streams)):
+            w = self._dot_operand(f"w{i}")
+            a, b = (w, "kept") if self.left else ("kept", w)
+            inner.append(f"float{i} = tl.dot({a}, {b}, float{i})")
+        return [f"if {found} != 0:", *(f"    {line}" for line in inner)]
+
+    def _dot_operand(self, exact: str) -> str:
+        """A tensor of numbers that the compute dtype has, in it."""
+        return f"{exact}.to({'tl.float32' if interpreted(self.target) else DTYPES[self.shape.compute]})"
+
+
+def calls(request: Request, most: int | None) -> list[Call]:
+    """The codes of x, and the linear over them; Refuse where the weight or what happens to x has no such form."""
+    spec, formats = request.spec, request.shape.parse()
+    layout, transforms = formats[0], spec.transforms()
+    if len(formats) > 1 or not isinstance(layout, Native):
+        raise Refuse(f"a weight of format '{layout.kind}' is no rows of codes")
+    found = native_codes(transforms)
+    if isinstance(found, str):
+        raise Refuse(found)
+    if problem := row_problem(transforms, spec.k):
+        raise Refuse(problem)
+    kind, group = found
+    if kind != layout.code:
+        raise Refuse(f"its codes are {layout.code}, those of its inputs {kind}")
+    codes, made = _round(request, layout, group, most)
+    shape = _bare(request.shape)
+    params = shape.params(group=group, most=most or 0, outliers=len(made) > 2)
+    args = [
+        made[0],
+        request.y,
+        *request.stored[0],
+        *([request.bias] if request.bias else []),
+        *request.extras,
+        *made[1:],
+    ]
+    return [*codes, request.ctx.call(TEMPLATE, params, args, (request.m,), (1,))]
+
+
+def _bare(shape: Shape) -> Shape:
+    """The shape without the norm, which "activation" has made."""
+    return Shape(shape.formats, shape.rows, shape.k, shape.bias, None, shape.epilogue, shape.compute)
+
+
+def _round(request: Request, layout: Native, group: int, most: int | None) -> tuple[list[Call], list[View]]:
+    """The calls that round x, and what they write: codes and scales, and the floats and columns of outliers."""
+    ctx, spec, out = request.ctx, request.spec, list[Call]()
+    transforms, padded = spec.transforms(), layout.padded(spec.k)
+    last = transforms[-1]
+    found = [ctx.temp((request.m, padded), "i8" if layout.code == "int" else "u8")]
+    found.append(ctx.temp((request.m, spec.k // (group or spec.k)), "f32"))
+    params: dict[str, Any] = {"k": spec.k, "padded": padded, "prologue": spec.prologue, "transforms": list(spec.before)}
+    params |= {"out": "codes", "outliers": "none", "rest": request.shape.compute}
+    read = [request.x, *request.norms, *(view for views in request.transforms for view in views)]
+    if isinstance(last, LlmInt8) and last.threshold > 0:
+        columns = ctx.temp((padded,), "u8")
+        found += [ctx.temp((request.m, padded), request.shape.compute), columns]
+        params["outliers"] = "self" if most is not None and most <= FEW else "given"
+        if params["outliers"] == "given":
+            if spec.prologue or len(transforms) > 1:
+                rows = ctx.temp((request.m, spec.k), "f32")
+                before = params | {
+                    "padded": spec.k,
+                    "transforms": list(spec.before[:-1]),
+                    "out": "f32",
+                    "outliers": "none",
+                }
+                out.append(ctx.call(ACTIVATION, before, [*read, rows], (request.m,), (len(read),)))
+                read, params = [rows], params | {"prologue": None, "transforms": [spec.before[-1]]}
+            look = {"k": spec.k, "padded": padded, "threshold": last.threshold}
+            out.append(ctx.call(outlier_columns.TEMPLATE, look, [read[0], columns], (request.m,), (1,)))
+            read.append(columns)
+    written = found[:-1] if params["outliers"] == "given" else found
+    args = [*read, *written]
+    out.append(ctx.call(ACTIVATION, params, args, (request.m,), tuple(range(len(read), len(args)))))
+    return out, found

@@ -1,0 +1,175 @@
+"""Linears over codes on both sides, in Triton's interpreter against the reference's float computation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from gpu.interpret import run
+
+from qcompile.artifact import KernelSpec
+from qcompile.dtypes import DTYPES
+from qcompile.evaluate import dequantize
+from qcompile.format import Format, Packed
+from qcompile.formats.bitnet import Ternary
+from qcompile.formats.eetq import Eetq
+from qcompile.formats.integer import Int8
+from qcompile.formats.minifloat import Fp8
+from qcompile.formats.native import Native, native_codes, native_for
+from qcompile.lowering.triton import templates, toolchain
+from qcompile.lowering.triton.linear import Shape
+from qcompile.lowering.triton.source import Source
+from qcompile.target import target
+from qcompile.transform import Transform
+from qcompile.transforms.llm_int8 import LlmInt8
+from qcompile.transforms.round_float import RoundFloat
+from qcompile.transforms.round_int import RoundInt
+
+TARGET = target("cuda:interpret")
+PLAIN = RoundInt()
+
+
+def weight(format: Format, n: int, k: int) -> Packed:
+    """A weight of random codes and scales around 0.02."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for stored in format.stored(n, k):
+        dtype = DTYPES[stored.dtype]
+        if stored.dtype.startswith("f8"):
+            value = torch.randn(stored.shape, generator=generator)
+        elif dtype.is_floating_point:
+            value = torch.rand(stored.shape, generator=generator) * 0.02 + 0.01
+        elif stored.dtype == "u8":  # four codes of two bits, of which none is 3
+            value = (torch.randint(0, 3, (*stored.shape, 4), generator=generator) * torch.tensor([1, 4, 16, 64])).sum(
+                -1
+            )
+        else:
+            value = torch.randint(-127, 128, stored.shape, generator=generator)
+        made[stored.name] = value.to(dtype)
+    return Packed(format, made, n, k)
+
+
+def laid_out(format: Format, n: int, k: int, rounding: Transform) -> Packed:
+    found = native_for(weight(format, n, k), (rounding,))
+    assert isinstance(found, Packed)
+    return found
+
+
+def spec(template: str, params: dict[str, Any]) -> KernelSpec:
+    return KernelSpec(template, json.loads(json.dumps(params)))
+
+
+LAYOUTS: list[tuple[Format, Transform, Native]] = [
+    (Int8(), PLAIN, Native()),
+    (Eetq(scale="f32"), PLAIN, Native()),
+    (Int8(scale="bf16", columns=32), RoundInt(per="group", size=64), Native(group=32)),
+    (Ternary(), PLAIN, Native("int", 2, 1, 128)),
+    (Fp8("f8e5m2", "u8", 0, 64), RoundFloat(element="f8e5m2"), Native("f8e5m2", group=64)),
+    (Fp8(rows=16, columns=32), RoundFloat("group", 64), Native("f8e4m3", group=32, rows=16)),
+]
+
+
+@pytest.mark.parametrize(("format", "rounding", "layout"), LAYOUTS, ids=lambda each: getattr(each, "kind", ""))
+def test_layout_holds_the_same_weight(format: Format, rounding: Transform, layout: Native) -> None:
+    before = weight(format, 64, 128)
+    after = native_for(before, (rounding,))
+    assert isinstance(after, Packed) and after.format == layout
+    after.check()
+    expected = dequantize(format, before.tensors, 64, 128)
+    assert torch.equal(dequantize(after.format, after.tensors, 64, 128), expected)
+
+
+@pytest.mark.parametrize(
+    ("format", "rounding", "reason"),
+    [
+        (Int8(), RoundFloat(), "its codes are int, those of its inputs f8e4m3"),
+        (Int8(), RoundInt(symmetric=False), "its inputs are rounded with a zero point"),
+        (Int8(columns=24), PLAIN, "24 inputs that share a scale are no multiple of 32"),
+        (Int8(rounding="product-bf16"), PLAIN, "a weight is not just a code times a scale"),
+        (Int8(zero="i8"), PLAIN, "its zeros differ"),
+    ],
+)
+def test_why_there_is_no_layout(format: Format, rounding: Transform, reason: str) -> None:
+    assert native_for(weight(format, 16, 72), (rounding,)) == reason
+
+
+def kernels(packed: Packed, rounding: Transform, most: int, epilogue: tuple[dict[str, Any], ...]) -> list[KernelSpec]:
+    """The kernels that round x and multiply."""
+    layout, k = packed.format, packed.K
+    assert isinstance(layout, Native)
+    found = native_codes((rounding,))
+    assert not isinstance(found, str)
+    outliers = isinstance(rounding, LlmInt8)
+    how = {"k": k, "padded": layout.padded(k), "prologue": None, "transforms": [rounding.to_json()], "out": "codes"}
+    how |= {"outliers": "given" if outliers else "none", "rest": "f16"}
+    shape = Shape((layout.to_json(),), (packed.N,), k, True, None, epilogue, "f16")
+    linear = shape.params(group=found[1], most=most, outliers=outliers)
+    return [spec("activation", how), spec("linear-native", linear)]
+
+
+GLU = ({"op": "glu", "act": "silu"},)
+CASES: list[tuple[Format, int, int, Transform, tuple[dict[str, Any], ...]]] = [
+    (Int8(), 37, 72, PLAIN, ()),
+    (Int8(columns=32), 37, 128, RoundInt(per="group", size=64), ({"op": "relu"},)),
+    (Ternary(), 70, 200, RoundInt(divisor=127.0, arithmetic="inverse", least=1e-5), GLU),
+    (Fp8(rows=16, columns=128), 37, 256, RoundFloat("group", 128, floor=1e-12), ()),
+    (Fp8("f8e5m2"), 37, 80, RoundFloat(element="f8e5m2", per="tensor", scale="f32"), ()),
+    (Int8(), 37, 144, LlmInt8(2.5), ()),
+]
+
+
+@pytest.mark.parametrize("rows", [3, 37])
+@pytest.mark.parametrize(("format", "n", "k", "rounding", "epilogue"), CASES)
+def test_sums_are_those_of_floats(
+    format: Format, n: int, k: int, rounding: Transform, epilogue: tuple[dict[str, Any], ...], rows: int
+) -> None:
+    packed = laid_out(format, n, k, rounding)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(2)).half().float()
+    held = [torch.tensor([0.01])] if getattr(rounding, "scale", "") else []
+    activation, linear = kernels(packed, rounding, 4 if rows <= 4 else 128, epilogue)
+    emitted = [templates.emit(each, TARGET) for each in (activation, linear)]
+    padded = activation.params["padded"]
+    codes = torch.zeros(rows, padded, dtype=torch.int8 if emitted[1].pointers[0] == "i8" else torch.uint8)
+    scales = torch.zeros(rows, k // (linear.params["group"] or k))
+    columns, rest = torch.zeros(padded, dtype=torch.uint8), torch.zeros(rows, padded, dtype=torch.float16)
+    kept = [rest, columns] if linear.params["outliers"] else []
+    if kept:
+        look = spec("outlier-columns", {"k": k, "padded": padded, "threshold": 2.5})
+        run(templates.emit(look, TARGET), [x, columns], [rows])
+    run(emitted[0], [x, *held, *kept[1:], codes, scales, *kept[:1]], [rows])
+    bias, y = torch.randn(n), torch.full((rows, n // 2 if epilogue == GLU else n), 7.0)
+    run(emitted[1], [codes, y, *packed.tensors.values(), bias, scales, *kept], [rows])
+    rounded = rounding.apply(x, {"scale": held[0]} if held else {})
+    expected = torch.nn.functional.linear(rounded, dequantize(packed.format, packed.tensors, n, k), bias)
+    if epilogue == GLU:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    elif epilogue:
+        expected = expected.relu()
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
+    for each, arguments in zip((activation, linear), emitted, strict=True):
+        assert len(templates.extents(each)((rows,), 1)) == len(arguments.pointers)
+
+
+def compiled(capability: int, chosen: list[int], most: int) -> None:
+    place, sources = target(f"cuda:sm_{capability}"), list[Source]()
+    for i in chosen:
+        format, n, k, rounding, epilogue = CASES[i]
+        layout = laid_out(format, n, k, rounding)
+        sources += [templates.emit(each, place) for each in kernels(layout, rounding, most, epilogue)]
+    for built in toolchain.compile_sources(sources, place):
+        assert built.launch is not None and built.launch.spills == 0
+
+
+@pytest.mark.parametrize(("capability", "case"), [(80, 3), (90, 0), (100, 3)])
+def test_one_of_each_class_compiles(capability: int, case: int) -> None:
+    compiled(capability, [case], 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("most", [4, 32, 0])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_all_compile(capability: int, most: int) -> None:
+    compiled(capability, list(range(len(CASES))), most)
