@@ -1,0 +1,90 @@
+"""Whole models on CUDA: compiled, run in Triton's interpreter or on a GPU, and compared with the same graph run by torch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import end_to_end_models as tiny
+import pytest
+import tiny_models
+import torch
+from fake_device import FakeDevice
+from gpu.device import interpreted
+
+import qcompile
+from qcompile.runtime.cuda import CudaDevice
+from qcompile.runtime.cuda_session import CudaSession
+from qcompile.runtime.model import CompiledModel
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+WHERE = ["cuda:interpret", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+# Inputs of tensor-core dots and the cache are rounded to 16 bits.
+TOLERANCE = 1e-2
+
+
+@functools.cache
+def compiled(name: str, config: str, where: str) -> CompiledModel:
+    source = tiny_models.decoder(name) if name in tiny_models.DECODERS else tiny_models.other(name)
+    return qcompile.compile(source, tiny.CONFIGS[config], target=where)
+
+
+def on(model: CompiledModel, graphs: bool = True) -> tuple[CompiledModel, FakeDevice | CudaDevice]:
+    """The model anew on its device, with or without graphs."""
+    made = CompiledModel(model.contents, on=model.target, bounds=model.bounds)
+    if model.target.name == "cuda:interpret":
+        return interpreted(made, graphs)
+    session = made.session
+    assert isinstance(session, CudaSession)
+    if not graphs:
+        session.uncaptured = "graphs are off"
+    return made, session.gpu  # type: ignore[return-value]
+
+
+def by_torch(model: CompiledModel) -> CompiledModel:
+    return CompiledModel(model.contents, on="reference")
+
+
+def logits_by_steps(model: CompiledModel, ids: torch.Tensor, first: int, **inputs: Any) -> torch.Tensor:
+    """The logits of a prompt of `first` tokens, then one token at a time."""
+    out = model(input_ids=ids[:, :first], use_cache=True, **inputs)
+    logits = [out.logits]
+    for token in ids[:, first:].split(1, dim=1):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, 1).cpu()
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(("name", "config"), [("llama", "hqq"), ("gpt2", "float")])
+def test_a_language_model(name, config, where):
+    model, _ = on(compiled(name, config, where))
+    ids = tiny.tokens(2, 9, seed=1)
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    expected = logits_by_steps(by_torch(model), ids, 5, attention_mask=mask)
+    found = logits_by_steps(model, ids, 5, attention_mask=mask)
+    assert tiny.difference(found[0, 2:], expected[0, 2:]) < TOLERANCE
+    assert tiny.difference(found[1], expected[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3, "top_k": 20, "top_p": 0.9}])
+def test_text_is_the_same_with_and_without_graphs(where, options):
+    ids, texts = tiny.tokens(2, 4), []
+    for graphs in (True, False):
+        model, device = on(compiled("llama", "hqq", where), graphs)
+        texts.append(model.generate(ids, max_new_tokens=6, eos_token_id=[], **options))
+        assert isinstance(model.session, CudaSession) and bool(model.session.uncaptured) is not graphs
+        if isinstance(device, FakeDevice):
+            assert device.replays == (4 if graphs else 0)
+    assert torch.equal(*texts) and texts[0].shape == (2, 10)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_an_encoder(where):
+    model, _ = on(compiled("bert", "float", where))
+    given = tiny_models.inputs(["input_ids", "attention_mask"], 2, 7)
+    found, expected = model(**given), by_torch(model)(**given)
+    real = given["attention_mask"] != 0
+    assert tiny.difference(found.last_hidden_state.cpu()[real], expected.last_hidden_state[real]) < TOLERANCE
