@@ -152,7 +152,7 @@ class Launch:
     `grid` counts programs along three axes, in terms of the call's dims as d0, d1 ...; each is `warps` x 32 threads with
     `shared` bytes of shared memory. The kernel takes a pointer for each argument, an i32 for each dim, and `scratch` null
     pointers. `registers` of a thread, `spills` bytes of a thread that lie in memory instead, `stages` of the loads ahead of
-    their use: for the report.
+    their use, `loop` instructions of a thread in the loop that does most `products` on tensor cores: for the report.
     """
 
     grid: tuple[Dim, Dim, Dim]
@@ -162,6 +162,8 @@ class Launch:
     stages: int = 0
     registers: int = 0
     spills: int = 0
+    loop: int = 0
+    products: float = 0.0
 
 
 @dataclass(frozen=True)

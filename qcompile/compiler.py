@@ -121,7 +121,7 @@ def compile(
         tensors |= weights
         if place.backend == "cuda" and (found := waiting(executable)):
             report.note(f"decode steps are launched call by call, not as one CUDA graph: {', '.join(found)} waits")
-        kernels, bounds = _build(executable, place, progress, schedules)
+        kernels, bounds = _build(executable, place, progress, schedules, report)
     else:
         for path in report.weights:
             report.update_weight(path, tier="eager")
@@ -214,13 +214,19 @@ def _build(
     place: Target,
     progress: Callable[[str, str], None] | None,
     schedules: str | os.PathLike[str] | None,
+    report: Report,
 ) -> tuple[dict[str, Built], Bounds]:
     from qcompile.lowering.builders import builder_for
 
     builder = builder_for(place, progress, None if schedules is None else Path(schedules))
     bounds = Bounds.of(executable.kernels, builder, ours=True)
     if place.backend == "cuda":
-        return build_codes(executable.kernels, place.codes(), builder), bounds
+        from qcompile.lowering.triton.describe import kernel_rows, launch_rows
+
+        kernels = build_codes(executable.kernels, place.codes(), builder)
+        report.kernels = kernel_rows(executable.kernels, kernels, place.codes(), builder)
+        report.launches = launch_rows(executable)
+        return kernels, bounds
     return build_kernels(executable.kernels, place.name, builder), bounds
 
 

@@ -69,6 +69,40 @@ class NodeRow:
     kernels: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel's machine code for a GPU.
+
+    `code` says which ("sm_90"); `tier` is that of a linear kernel. `tile` is the outputs, rows and inputs a step of one program,
+    empty where a kernel has no schedule. `registers` of a thread, `spills` bytes of it that lie in memory instead, `shared`
+    bytes of a program; `instructions` of the main loop a weight, 0 where that is not known.
+    """
+
+    kernel: str
+    code: str
+    tier: str = ""
+    tile: tuple[int, ...] = ()
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    instructions: float = 0.0
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """What one token of one sequence starts in each of `count` layers whose paths differ in a number: "model.layers.*".
+
+    `kernels` and `aten` operators are those of the layer with most.
+    """
+
+    layers: str
+    count: int
+    kernels: int
+    aten: int
+
+
 @dataclass
 class Report:
     """The record of one compilation. Passes and lowering add to it; it is written as `report.json`."""
@@ -82,6 +116,8 @@ class Report:
     fallbacks: list[Fallback] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     passes: list[tuple[str, int]] = field(default_factory=list)
+    kernels: list[KernelRow] = field(default_factory=list)
+    launches: list[LaunchRow] = field(default_factory=list)
 
     def weight(self, row: WeightRow) -> None:
         """Adds the row of a module; InternalError when it has one."""
@@ -131,6 +167,8 @@ class Report:
             fallbacks=[Fallback(**row) for row in data["fallbacks"]],
             notes=list(data["notes"]),
             passes=[(name, count) for name, count in data["passes"]],
+            kernels=[KernelRow(**{**row, "tile": tuple(row["tile"])}) for row in data.get("kernels", ())],
+            launches=[LaunchRow(**row) for row in data.get("launches", ())],
         )
 
     @property
@@ -169,6 +207,29 @@ class Report:
             table.add_row(pattern, str(len(rows)), shape, format_, layout, bits, size, named, reason)
         return table
 
+    def kernel_table(self) -> Table:
+        """The kernels for GPUs as a rich table, one row each code."""
+        from rich.table import Table
+
+        columns = (
+            "kernel",
+            "code",
+            "tier",
+            "tile",
+            "warps",
+            "stages",
+            "registers",
+            "spilled",
+            "shared",
+            "instr/weight",
+        )
+        table = Table(*columns)
+        for row in self.kernels:
+            numbers = (row.warps, row.stages, row.registers, row.spills, row.shared)
+            counted = f"{row.instructions:.2f}" if row.instructions else ""
+            table.add_row(row.kernel, row.code, row.tier, " x ".join(map(str, row.tile)), *map(str, numbers), counted)
+        return table
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -176,6 +237,11 @@ class Report:
         with console.capture() as capture:
             console.print(self.table())
             console.print(f"{len(self.weights)} weights, {self.weight_bytes / 1e6:.1f} MB")
+            if self.kernels:
+                console.print(self.kernel_table())
+            for row in self.launches:
+                through = f" and {row.aten} operators of ATen" if row.aten else ""
+                console.print(f"{row.count} x {row.layers}: {row.kernels} kernels a token{through}")
             for (op, reason), count in Counter((f.op, f.reason) for f in self.fallbacks).items():
                 console.print(f"through ATen, {count} x {op}: {reason}")
             for note in self.notes:

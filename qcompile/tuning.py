@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qcompile.artifact import Artifact, Built, Call, Extent, KernelSpec
 from qcompile.errors import ConfigError, ToolchainError
 from qcompile.lowering.triton import cost, templates, toolchain
 from qcompile.lowering.triton.devices import DEVICES, device
-from qcompile.lowering.triton.schedule import choose, using
+from qcompile.lowering.triton.schedule import choose, using, watched
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.tables import Entry, Table
 from qcompile.lowering.triton.tiles import Problem, Schedule, candidates
@@ -68,17 +68,6 @@ class Timer(Protocol):
         """Microseconds of one run, as `qcompile.runtime.timing.kernel_seconds`."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Asking(Table):
-    """A table without entries that keeps what it is asked for."""
-
-    asked: list[Problem] = field(default_factory=list)
-
-    def find(self, problem: Problem, capability: int) -> Schedule | None:
-        self.asked.append(problem)
-        return None
-
-
 def tasks(artifact: Artifact, code: Target) -> list[Task]:
     """The kernels of a model that have a schedule, one for each problem; ConfigError for a model with no CUDA kernels."""
     executable = artifact.executable
@@ -94,10 +83,9 @@ def tasks(artifact: Artifact, code: Target) -> list[Task]:
                 calls.setdefault(call.kernel, call)
     found: dict[Problem, Task] = {}
     for name, spec in executable.kernels.items():
-        asking = _Asking()
-        with using(asking):
+        with watched() as chosen:
             templates.emit(spec, code)
-        for problem in dict.fromkeys(asking.asked):
+        for problem, _ in chosen:
             found.setdefault(problem, Task(name, spec, calls[name], problem))
     return list(found.values())
 

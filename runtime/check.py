@@ -90,7 +90,8 @@ def check_launches(entries: Iterable[str], launches: Mapping[str, Launch], gpu: 
     for name in sorted(launches.keys() ^ (set(entries) if gpu else set())):
         raise _fail("a kernel's launch is missing, or belongs to nothing", name)
     for name, launch in launches.items():
-        numbers = (launch.shared, launch.scratch, launch.stages, launch.registers, launch.spills)
+        counted = (launch.shared, launch.scratch, launch.stages, launch.registers, launch.spills)
+        numbers = (*counted, launch.loop, launch.products)
         sound = 1 <= launch.warps <= 32 and launch.scratch <= MAX_SCRATCH and min(numbers) >= 0
         if not sound or not all(NUMBER.fullmatch(used) for dim in launch.grid for used in dims.names(dim)):
             raise _fail("a kernel cannot be started so", name, launch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -13,7 +14,7 @@ import torch
 from qcompile.artifact import Built, Extent
 from qcompile.dims import evaluate
 from qcompile.dtypes import DTYPES
-from qcompile.runtime.cuda import Device
+from qcompile.runtime.cuda import Device, Start
 
 COLD = 256 * 2**20
 """Bytes to go over before anything is read again: more than the cache of any GPU that we know."""
@@ -26,9 +27,13 @@ def seconds(device: Device, calls: Sequence[Callable[[], object]], least: float 
 
     Each is called once before, for what only a first call does and a graph cannot record.
     """
-    for call in calls:
-        call()
-    replay = device.capture(lambda: [call() for call in calls] and None)
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()
+    replay = device.capture(run)
 
     def taken(times: int) -> float:
         device.synchronize()
@@ -76,7 +81,11 @@ def kernel_seconds(
         pointers = np.array([tensor.data_ptr() for tensor in both if tensor is not None], dtype=np.int64)
         starts.append(device.launcher(loaded, (grid[0], grid[1], grid[2]), pointers, numbers))
         kept.append(own)
-    return seconds(device, [lambda start=start: start(device.stream()) for start in starts], least)
+    return seconds(device, [functools.partial(_start, device, start) for start in starts], least)
+
+
+def _start(device: Device, start: Start) -> None:
+    start(device.stream())
 
 
 def _made(extent: Extent, where: torch.device) -> torch.Tensor:

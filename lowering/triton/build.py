@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qcompile.artifact import Built, Extents, KernelSpec, Launch
 from qcompile.lowering.triton import tables, templates, toolchain
-from qcompile.lowering.triton.schedule import using
+from qcompile.lowering.triton.schedule import Problem, Schedule, using, watched
 from qcompile.lowering.triton.source import Source
 from qcompile.runtime.cache import cache_folder
 from qcompile.target import INTERPRET, Target
@@ -45,6 +45,12 @@ class Builder:
 
         made = toolchain.compile_sources(list(sources.values()), code, done)
         return dict(zip(sources, made, strict=True))
+
+    def schedules_of(self, spec: KernelSpec, target: str) -> list[tuple[Problem, Schedule]]:
+        """What the kernel's text asks schedules for, and those that it gets."""
+        with watched() as chosen:
+            self._emit(spec, target_of(target))
+        return chosen
 
     def extents(self, spec: KernelSpec) -> Extents:
         """What the kernel may touch of its arguments; ArtifactError for parameters that no kernel can be made from."""

@@ -16,7 +16,7 @@ from qcompile.lowering.triton.devices import device
 from qcompile.lowering.triton.tables import Table, shipped
 from qcompile.lowering.triton.tiles import Problem, Schedule, candidates
 
-__all__ = ["BUCKETS", "OPEN", "Problem", "Schedule", "choose", "split", "using"]
+__all__ = ["BUCKETS", "OPEN", "Problem", "Schedule", "choose", "split", "using", "watched"]
 
 OPEN = 2048
 """The bucket of all M above the others; its schedules are chosen for this many rows."""
@@ -30,6 +30,19 @@ GRANULE = 128
 ENOUGH, MOST_PARTS = 400, 16  # programs, and parts of K
 
 _in_use: ContextVar[Table | None] = ContextVar("schedules", default=None)
+
+_chosen: ContextVar[list[tuple[Problem, Schedule]] | None] = ContextVar("chosen", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[Problem, Schedule]]]:
+    """The problems that `choose` is asked in here, and what it answers, in order."""
+    found: list[tuple[Problem, Schedule]] = []
+    token = _chosen.set(found)
+    try:
+        yield found
+    finally:
+        _chosen.reset(token)
 
 
 @contextmanager
@@ -79,10 +92,15 @@ def choose(
     which the smallest tile is taken. ValueError where no schedule can be made.
     """
     problem = Problem(kind, n, k, m_bucket, bits, value, group, split_k)
-    in_use = _in_use.get()
+    in_use, seen = _in_use.get(), _chosen.get()
     found = (in_use and in_use.find(problem, capability)) or shipped().find(problem, capability)
-    if found is not None:
-        return found
+    chosen = found or _modelled(problem, capability)
+    if seen is not None:
+        seen.append((problem, chosen))
+    return chosen
+
+
+def _modelled(problem: Problem, capability: int) -> Schedule:
     gpu = device(capability)
     legal = list(candidates(problem, gpu))
     if not legal:

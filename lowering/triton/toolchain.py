@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from qcompile.artifact import Built, Launch
 from qcompile.errors import ToolchainError
+from qcompile.lowering.triton import sass
 from qcompile.lowering.triton.source import Source
 from qcompile.target import LEAST_CAPABILITY, Target
 
@@ -67,7 +68,7 @@ def key(source: Source, target: Target) -> str:
 
 @functools.cache
 def _versions() -> tuple[str, ...]:
-    own = (Path(__file__), WORKER)
+    own = (Path(__file__), WORKER, Path(sass.__file__))
     return (f"triton {_triton()}", *(hashlib.sha256(file.read_bytes()).hexdigest() for file in own))
 
 
@@ -127,10 +128,15 @@ def _built(source: Source, target: Target, answer: dict[str, Any]) -> Built:
     if answer["shared"] > most:
         _fail("a kernel needs more shared memory than a block has", source,
               f"{answer['shared']} bytes, expected at most {most} on {target.name}")  # fmt: skip
+    content = base64.b64decode(answer["object"])
+    # Reading machine code takes half a second: only where a loop is worth looking at.
+    read = not target.portable and "tl.dot(" in source.text
+    main = sass.profile(content).main if read else None
     launch = Launch(
-        source.grid, answer["warps"], answer["shared"], scratch, source.stages, answer["registers"], answer["spills"]
-    )
-    return Built(source.text, base64.b64decode(answer["object"]), source.entry, launch)
+        source.grid, answer["warps"], answer["shared"], scratch, source.stages, answer["registers"], answer["spills"],
+        main.instructions if main else 0, main.products if main else 0.0,
+    )  # fmt: skip
+    return Built(source.text, content, source.entry, launch)
 
 
 class _Worker:
