@@ -68,6 +68,7 @@ FORMATS = Registry(
         "native": "qcompile.formats.native:Native",
         "lanes": "qcompile.formats.lanes:Lanes",
         "lanes-dense": "qcompile.formats.lanes:LanesDense",
+        "fragments": "qcompile.formats.fragments:Fragments",
     },
 )
 

@@ -14,7 +14,7 @@ from qcompile.expr import FLOATS, Expr, walk
 from qcompile.format import Format, Names, Packed, format_from_json
 from qcompile.formats.affine import Affine
 from qcompile.formats.dense import Dense
-from qcompile.formats.lanes import Lanes
+from qcompile.formats.coded import Coded
 from qcompile.simplify import coordinates, interval, simplify
 from qcompile.transform import Applied, transform_from_json
 
@@ -82,7 +82,7 @@ def _restored(
     if isinstance(format_, Dense):
         return {"weight": weight.to(DTYPES[format_.dtype])}
     gone = lost(format_, len(rows), layout.K)
-    if gone or not isinstance(layout.format, Lanes) or not isinstance(format_, Affine):
+    if gone or not isinstance(layout.format, Coded) or not isinstance(format_, Affine):
         raise ConfigError(
             "the layout of the target has not kept all that the format stores",
             where=path,
@@ -110,7 +110,7 @@ def _repacked(
 ) -> dict[str, torch.Tensor]:
     from qcompile.pack import pack
 
-    assert isinstance(layout.format, Lanes)
+    assert isinstance(layout.format, Coded)
     N, K = len(rows), layout.K
     reader = Reader(layout.tensors, rows, torch.arange(K))
     lanes = layout.format.terms(Names(**layout.format.located(layout.N, K)))

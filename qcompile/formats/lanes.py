@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from qcompile.dtypes import DTYPES, NAMES
-from qcompile.evaluate import CHUNK, Reader, row_chunks
-from qcompile.expr import Expr, bitcast, bits, cast, cat, const, k, n
-from qcompile.format import Format, Names, Packed, Problem, Stored
-from qcompile.formats.affine import Affine, Terms
+from qcompile.dtypes import DTYPES
+from qcompile.evaluate import CHUNK
+from qcompile.expr import Expr, bits, cast, cat, k, n
+from qcompile.format import Format, Packed, Stored
+from qcompile.formats.coded import Coded, content, form_of
 from qcompile.formats.dense import Dense
 from qcompile.formats.stream import planes
-from qcompile.simplify import interval
 
 LANES = 16
 SHORTEST = 8  # inputs that must share a scale for a kernel to apply it once a group
 
 
 @dataclass(frozen=True)
-class Lanes(Affine):
-    """Affine or table codes in planes of 32-bit words, sixteen outputs interleaved.
+class Lanes(Coded):
+    """Affine or table codes in planes of 32-bit words, sixteen outputs interleaved; what they are worth is in `Coded`.
 
     Plane p of width w is "codes{p}" i32 [ceil(N/16), ceil(K/(32//w)), 16]. Word (nb, kw, lane) holds inputs
     kw*(32//w) + j of output nb*16 + lane, input j at bit 8*(j % 4) + w*(j // 4): masking a word byte by byte gives four
     consecutive inputs. "scales", and "zeros" and "offsets" where stored, are [ceil(N/16), K//group, 16]. Everything
     beyond N or K is 0.
 
-    W = rounding((code - zero) * scale + offset) * factor, with table[code] for (code - zero) where there is a table.
-    A number as `zero` is the same everywhere; a dtype name says that it is stored, in code units (None: there
-    is none); `offset` likewise. `code` says what the bits of a code are: "int", or "f8e4m3" or "f8e5m2". Without a
-    rounding, kernels factor scale * factor out of the sum over a group; those for int8 activations always do, and leave
-    the rounding of weights out.
+    Without a rounding, kernels factor scale * factor out of the sum over a group; those for int8 activations always do, and
+    leave the rounding of weights out.
     """
 
     kind: ClassVar[str] = "lanes"
-    bits: int = 4
-    group: int = 32
-    table: tuple[float, ...] | None = None
-    zero: float | str | None = None
-    scale: str = "f32"
-    rounding: str = "none"
-    offset: str | None = None
-    factor: float = 1.0
-    code: str = "int"
 
     def stored(self, N: int, K: int) -> tuple[Stored, ...]:
         blocks, per_group = -(-N // LANES), (-(-N // LANES), K // self.group, LANES)
@@ -71,19 +57,6 @@ class Lanes(Affine):
         if self.offset is not None:
             out["offset"] = t.offsets[at]
         return out
-
-    def terms(self, f: Any) -> Terms:
-        zero = const(self.zero, "f32") if isinstance(self.zero, int | float) and self.zero != 0 else f.get("zero")
-        code = f.code if self.code == "int" else bitcast(self.code, f.code)
-        return Terms(code, f.scale, zero, f.get("offset"), self.table, self.rounding, self.factor)
-
-    def check(self, N: int, K: int) -> list[Problem]:
-        if K % self.group:
-            return [Problem(f"K = {K}", f"a multiple of the group, {self.group}")]
-        return []
-
-    def group_size(self, N: int, K: int) -> int | None:
-        return self.group
 
 
 @dataclass(frozen=True)
@@ -163,44 +136,11 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
         return packed, None
     if isinstance(format, Dense):
         return Packed(LanesDense(format.dtype), {"values": interleave(packed.tensors["weight"])}, N, K), None
-    if not isinstance(format, Affine):
-        return f"a weight of format '{format.kind}' is not a code times a scale"
-    located = format.located(N, K)
-    terms = format.terms(Names(**located))
-    kind = _code_kind(terms)
-    if refusal := _refusal(terms):
-        return refusal
-    group, perm = format.group_size(N, K), None
-    if group is None:
-        perm = _order(packed, located["group"]) if "group" in located else None
-    columns = torch.arange(K) if perm is None else perm
-    group = math.gcd(K, group or _longest_run(packed, terms, columns))
-    if group < SHORTEST:
-        return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
-    signed = kind == "int" and interval(terms.code)[0] < 0
-    # Lanes hold codes from 0 on: signed ones and their zeros move up together.
-    zero_expr = (const(0) if terms.zero is None else terms.zero) + 128 if signed else terms.zero
-    scale, zero, offset = (
-        None if expr is None else _at(packed, expr, columns[::group]) for expr in (terms.scale, zero_expr, terms.offset)
-    )
-    assert scale is not None  # every format with terms has one
-    entries, level = terms.table, _zero_kind(zero)
-    if entries is not None and isinstance(level, float):  # one zero for all: a table of other values
-        entries, level = tuple((torch.tensor(entries) - level).tolist()), None
-    layout = Lanes(
-        bits=interval(terms.code)[1].bit_length() + signed if kind == "int" else 8,
-        group=group,
-        table=entries,
-        zero=level,
-        scale=NAMES[scale.dtype],
-        rounding=terms.rounding,
-        offset=None if offset is None else NAMES[offset.dtype],
-        factor=terms.factor,
-        code=kind,
-    )
-    code = _at(packed, terms.code + 128 if signed else terms.code, columns)
-    code = code if kind == "int" else code.view(torch.uint8)
-    return Packed(layout, pack_lanes(layout, code, scale, zero, offset), N, K), perm
+    made = content(packed, SHORTEST)
+    if isinstance(made, str):
+        return made
+    layout = Lanes(**made.form)
+    return Packed(layout, pack_lanes(layout, made.codes, made.scale, made.zero, made.offset), N, K), made.order
 
 
 def lanes_form(format: Format, N: int, K: int) -> Format | str:
@@ -212,69 +152,5 @@ def lanes_form(format: Format, N: int, K: int) -> Format | str:
         return format
     if isinstance(format, Dense):
         return LanesDense(format.dtype)
-    if not isinstance(format, Affine):
-        return f"a weight of format '{format.kind}' is not a code times a scale"
-    terms = format.terms(Names(**format.located(N, K)))
-    if refusal := _refusal(terms):
-        return refusal
-    sizes = (format.group_size(N, K), getattr(format, "group", None), getattr(format, "columns", None))
-    group = math.gcd(K, next((size for size in sizes if size), 1))
-    if group < SHORTEST:
-        return f"only {group} consecutive inputs share a scale, fewer than {SHORTEST}"
-    kind, zero, level = _code_kind(terms), terms.zero, None
-    low, high = interval(terms.code) if kind == "int" else (0, 255)
-    if zero is not None:
-        level = "f16" if zero.dtype == "i32" else zero.dtype
-    offset = None if terms.offset is None else terms.offset.dtype
-    return Lanes(high.bit_length() + (low < 0), group, terms.table, level, terms.scale.dtype, offset=offset, code=kind)
-
-
-def _code_kind(terms: Terms) -> str:
-    return "int" if terms.code.dtype == "i32" else terms.code.dtype
-
-
-def _refusal(terms: Terms) -> str:
-    """Why lanes have no such terms; empty when they do."""
-    kind, zero = _code_kind(terms), terms.zero
-    if kind not in ("int", "f8e4m3", "f8e5m2") or (kind != "int" and zero is not None):
-        return f"its codes are {kind} numbers"
-    if kind == "int" and interval(terms.code)[0] < 0 and zero is not None and zero.dtype != "i32":
-        return f"signed codes with {zero.dtype} zeros"
-    return ""
-
-
-def _at(packed: Packed, expr: Expr, columns: torch.Tensor) -> torch.Tensor:
-    """`expr` at every row and the given columns, [N, len(columns)]; i32 results in 0..255 come as u8."""
-    low, high = interval(expr) if expr.dtype == "i32" else (-1, -1)
-    small = low >= 0 and high <= 255
-    parts = []
-    for rows in row_chunks(packed.N, len(columns)):
-        part = Reader(packed.tensors, rows, columns)(expr).expand(len(rows), len(columns))
-        parts.append(part.to(torch.uint8) if small else part)
-    return torch.cat(parts)
-
-
-def _order(packed: Packed, group: Expr) -> torch.Tensor | None:
-    """The stable order of the inputs by their group; None when they lie in it already."""
-    perm = torch.argsort(_at(packed, group, torch.arange(packed.K))[0], stable=True)
-    return None if torch.equal(perm, torch.arange(packed.K)) else perm
-
-
-def _longest_run(packed: Packed, terms: Terms, columns: torch.Tensor) -> int:
-    """The longest aligned run of `columns` over which zero, scale and offset do not change in any row."""
-    changes = torch.zeros(len(columns) - 1, dtype=torch.bool)
-    for expr in (terms.zero, terms.scale, terms.offset):
-        if expr is not None:
-            values = _at(packed, expr, columns)
-            changes |= (values[:, 1:] != values[:, :-1]).any(0)
-    return math.gcd(len(columns), *(changes.nonzero().flatten() + 1).tolist())
-
-
-def _zero_kind(zero: torch.Tensor | None) -> float | str | None:
-    """How Lanes names these zeros: their one value, or a dtype that holds them (f16 holds a code's integers)."""
-    if zero is None:
-        return None
-    first = zero.flatten()[0]
-    if bool((zero == first).all()):
-        return float(first)
-    return NAMES[zero.dtype] if zero.is_floating_point() else "f16"
+    form = form_of(format, N, K, SHORTEST)
+    return form if isinstance(form, str) else Lanes(**form)
