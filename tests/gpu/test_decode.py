@@ -1,0 +1,120 @@
+"""The PTX that decodes weights gives each code's value, and plain Triton text gives the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from gpu import ptx as machine
+
+from qcompile.dtypes import DTYPES
+from qcompile.evaluate import dequantize
+from qcompile.formats.coded import Content
+from qcompile.formats.fragments import Fragments, pack_fragments
+from qcompile.formats.minifloat import E2M1
+from qcompile.formats.stream import planes
+from qcompile.formats.tables import NF4
+from qcompile.lowering.triton.decode import SLOTS, Decode, ptx
+
+COMPUTES = ("bf16", "f16")
+
+
+def _codes(bits: int) -> torch.Tensor:
+    """[16, 128] with every code at every slot, in both elements of a pair, where they fit."""
+    n, k = torch.arange(16)[:, None], torch.arange(128)[None, :]
+    return ((n * 8 + k % 8 + k // 16 * 37 + k // 2 * 11) % 2**bits).to(torch.uint8)
+
+
+def _packed(format: Fragments, codes: torch.Tensor) -> list[np.ndarray]:
+    content = Content({}, codes, torch.ones(16, 128 // format.group), None, None, None)
+    tensors = pack_fragments(format, content, content.scale)
+    return [tensors[f"codes{p}"].numpy().reshape(16, 4, -1).view(np.uint32) for p in range(len(planes(format.bits)))]
+
+
+def _registers(format: Fragments, tiles: list[np.ndarray], pack: int) -> list[np.ndarray]:
+    """The inputs for the elements of each plane: a run for each (row, c, h), or for each (row, c) where it takes four."""
+    out = []
+    for width, tile in zip(planes(format.bits), tiles, strict=True):
+        runs = tile.reshape(64 if pack == 4 else 128, -1)  # words of a run
+        if width == 8:
+            runs = runs.view(np.uint64)
+        out += [runs[:, i].copy() for i in range(runs.shape[1])]
+    return out
+
+
+def _decoded(decode: Decode, codes: torch.Tensor, given: list[torch.Tensor]) -> torch.Tensor:
+    """W f32 [16, 128]; `given` are zeros and scales of each row, as the kernel gives them."""
+    made = ptx(decode)
+    pairs = decode.pack // 2
+    inputs = _registers(decode.format, _packed(decode.format, codes), decode.pack)
+    for each in given:
+        word = machine.words(each.repeat_interleave(8 // pairs)[:, None].expand(-1, 2), decode.compute)
+        inputs += [word] * pairs
+    assert len(inputs) == len(made.inputs)
+    results = machine.run(made.lines, made.outputs, inputs)
+    values = torch.stack([machine.numbers(result, decode.compute) for result in results])
+    values = values.reshape(SLOTS, pairs, 16, 4, 2 // pairs, 2)  # slot, pair, row, c, h, e
+    return values.permute(2, 0, 1, 4, 3, 5).reshape(16, 128)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_are_exact(bits: int, compute: str) -> None:
+    codes = _codes(bits)
+    for zero in (None, float(1 << (bits - 1)), 1.0):
+        decode = Decode(Fragments(bits, 128, zero=zero), compute)  # type: ignore[arg-type]
+        assert torch.equal(_decoded(decode, codes, []), codes.float() - (zero or 0.0))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_stored_zeros_are_exact_and_scales_round_once(bits: int, compute: str) -> None:
+    codes, zero = _codes(bits), torch.arange(16) * 15 % 2**bits
+    layout = Fragments(bits, 64, zero="u8")
+    magic = {"bf16": 128, "f16": 1024}[compute]
+    decode = Decode(layout, compute, zeros=2)  # type: ignore[arg-type]
+    given = (128 - zero if decode.by_sign else -(magic + zero)).float()
+    assert torch.equal(_decoded(decode, codes, [given, given]), codes.float() - zero[:, None])
+    scale = (torch.rand(2, 16) + 0.1).to(DTYPES[compute]).float()
+    got = _decoded(Decode(layout, compute, zeros=2, scales=2), codes, [given, given, *scale])  # type: ignore[arg-type]
+    exact = (codes.double() - zero[:, None]) * scale.T.repeat_interleave(64, 1).double()
+    assert torch.equal(got, exact.float().to(DTYPES[compute]).float())
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("table", [NF4, E2M1], ids=["nf4", "e2m1"])
+def test_tables_hold_entries_rounded_to_the_compute_dtype(table: tuple[float, ...], compute: str) -> None:
+    codes = _codes(4)
+    decode = Decode(Fragments(4, 128, table), compute)  # type: ignore[arg-type]
+    wanted = torch.tensor(table).to(DTYPES[compute]).float()[codes.long()]
+    got = _decoded(decode, codes, [])
+    assert torch.equal(got.view(torch.int32), wanted.view(torch.int32))
+    if table is E2M1:
+        assert torch.equal(wanted, torch.tensor(table)[codes.long()])
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("code", ["f8e4m3", "f8e5m2"])
+def test_floats_of_eight_bits_are_exact(code: str, compute: str) -> None:
+    codes = _codes(8)
+    values = codes.view(DTYPES[code]).float()
+    got = _decoded(Decode(Fragments(8, 128, code=code), compute), codes, [])  # type: ignore[arg-type]
+    finite = values.isfinite()
+    assert finite.sum() > 1900 and torch.equal(got[finite], values[finite])
+
+
+def test_every_code_is_at_every_slot() -> None:
+    for bits in range(1, 9):
+        codes = _codes(bits).reshape(16, SLOTS, 8, 2)
+        for slot, e in itertools.product(range(SLOTS), (0, 1)):
+            found = len(codes[:, slot, :, e].unique())
+            assert found == 2**bits if bits < 8 else found >= 64
+
+
+def test_the_layout_in_the_test_is_the_format() -> None:
+    format = Fragments(4, 128, zero=8.0)
+    content = Content({}, _codes(4), torch.ones(16, 1), None, None, None)
+    tensors = pack_fragments(format, content, content.scale)
+    assert torch.equal(dequantize(format, tensors, 16, 128), _decoded(Decode(format, "bf16"), _codes(4), []))
