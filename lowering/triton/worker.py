@@ -1,0 +1,110 @@
+"""A process that compiles Triton kernels: a request in JSON on each line of its input, an answer on a line of its output.
+
+It runs by itself (`python -P worker.py FOLDER`), imports Triton and nothing of this package, and keeps Triton's files in
+FOLDER, which its caller removes. The environment variables that steer Triton are its caller's to remove.
+
+A request has `text` (a module), `entry`, `signature` (the Triton types of its arguments, in order), `capability`, `warps`,
+`stages`, `fusion` (whether products and sums may fuse), `ptx` (the version that the PTX is written in, None for the newest)
+and `assemble` (false: the PTX is the answer, not machine code). An answer has `error`, or `object` (base64), `shared`,
+`warps`, `registers`, `spills` and `parameters`, the number of the entry's.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def main(folder: Path) -> None:
+    # Triton prints to stdout when it fails; only answers may go where the caller reads.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for count, line in enumerate(sys.stdin):
+        try:
+            answer = compile_kernel(json.loads(line), folder / f"kernel{count}.py")
+        except BaseException as error:
+            answer = {"error": f"{type(error).__name__}: {error}\n{_place(error)}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The answer to a request; `file` is where its text is put, for Triton to read it."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # Line numbers would carry the name of the file into the object.
+    knobs.compilation.disable_line_info = True
+    file.write_text(request["text"])
+    function = getattr(_module(file), request["entry"])
+    signature = dict(zip(function.arg_names, request["signature"], strict=True))
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(at,): aligned for at, type_ in enumerate(request["signature"]) if type_.startswith("*")}
+    source = ASTSource(function, signature, {}, attributes)
+    options = {"num_warps": request["warps"], "num_stages": request["stages"], "enable_fp_fusion": request["fusion"]}
+    if request["ptx"] is not None:
+        options["ptx_version"] = request["ptx"]
+    if not request["assemble"]:
+        knobs.runtime.add_stages_inspection_hook = _without_assembler
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", request["capability"], 32), options=options)
+    finally:
+        knobs.runtime.add_stages_inspection_hook = None
+    meta, ptx = made.metadata, made.asm["ptx"]
+    for name in ("global_scratch_size", "profile_scratch_size", "tensordesc_meta"):
+        if getattr(meta, name, None):
+            raise ValueError(f"the kernel needs {name} = {getattr(meta, name)}, which its caller would have to provide")
+    content = made.asm["cubin"] if request["assemble"] else ptx.encode()
+    registers, spills = _usage(content, file.with_suffix(".cubin")) if request["assemble"] else (0, 0)
+    return {
+        "object": base64.b64encode(content).decode(), "shared": meta.shared, "warps": meta.num_warps,
+        "registers": registers, "spills": spills, "parameters": len(re.findall(r"^\s*\.param\s", ptx, re.MULTILINE)),
+    }  # fmt: skip
+
+
+def _without_assembler(*arguments: Any) -> Any:
+    """Triton's hook on its stages: called without arguments for a cache key, with the table of stages second otherwise."""
+    if not arguments:
+        return "ptx", "ptx"
+    stages = arguments[1]
+    stages["cubin"] = lambda ptx, metadata: b""
+    return None
+
+
+def _module(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _usage(cubin: bytes, file: Path) -> tuple[int, int]:
+    """Registers of a thread, and the bytes of it that lie in memory."""
+    from triton import knobs
+
+    file.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump says nothing of registers: {text[:200]}")
+    return int(found[1]), max(int(found[2]), int(found[3]))
+
+
+def _place(error: BaseException) -> str:
+    """The last lines of the traceback, which name the line of the kernel or of Triton that failed."""
+    return "".join(traceback.format_tb(error.__traceback__)[-2:])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
