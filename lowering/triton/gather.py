@@ -11,7 +11,7 @@ from qcompile.lowering import gather
 from qcompile.lowering.extents import numbers
 from qcompile.lowering.gather import TEMPLATE
 from qcompile.lowering.triton.elementary import functions
-from qcompile.lowering.triton.memory import convert, load, opened, pointer, store
+from qcompile.lowering.triton.memory import convert, load, pointer, store
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import module
 from qcompile.lowering.triton.tiling import Tiled, columns, grid, height, row_lines, warps
@@ -38,7 +38,6 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     x, y = params["x"], params["y"]
     wrong = 'float("nan")' if y in FLOATS else "0"
     body = [
-        *opened(["x", "y"], [x, y], target),
         *row_lines(params, "d0 * d2", "d3"),
         "at = tl.load(index + row % d2, mask=inside, other=0).to(tl.int64)",
         "at = tl.where(at < 0, at + d1, at)",

@@ -5,8 +5,6 @@ As on the CPU, every float is an f32 that holds a value of the narrow type, bool
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from qcompile.expr import FLOATS
 from qcompile.lowering.triton.text import DTYPES, interpreted
 from qcompile.target import Target
@@ -17,13 +15,6 @@ _BYTES = ("bool", "f8e4m3", "f8e5m2", "f8e8m0")
 def pointer(dtype: str) -> str:
     """The dtype that a kernel's pointer to elements of `dtype` has: 8-bit floats and bools are read as bytes."""
     return "u8" if dtype in _BYTES else dtype
-
-
-def opened(names: Sequence[str], dtypes: Sequence[str], target: Target) -> list[str]:
-    """Statements for the interpreter, whose pointers have the dtype of the tensors that it is given."""
-    cast = "{0} = {0}.to(tl.pointer_type(tl.uint8), bitcast=True)"
-    pairs = zip(names, dtypes, strict=True)
-    return [cast.format(name) for name, dtype in pairs if dtype in _BYTES] if interpreted(target) else []
 
 
 def value_type(dtype: str) -> str:

@@ -10,7 +10,7 @@ from qcompile.lowering import norm
 from qcompile.lowering.extents import numbers
 from qcompile.lowering.norm import TEMPLATE
 from qcompile.lowering.triton.elementary import functions
-from qcompile.lowering.triton.memory import load, opened, pointer, store
+from qcompile.lowering.triton.memory import load, pointer, store
 from qcompile.lowering.triton.scalar_ops import constant
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import module
@@ -38,7 +38,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     dtypes = [params[name] for name in names]
     row = _Row(params, target)
     {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "softmax": _softmax, "log_softmax": _softmax}[params["op"]](row)
-    text = "\n".join([*opened(names, dtypes, target), *row_lines(params, "d0", "d1"), *row.lines])
+    text = "\n".join([*row_lines(params, "d0", "d1"), *row.lines])
     about = (
         f"{params['op']} of each row of x [d0, d1]. {params}\n\n"
         f"{height(params)} rows a program, {params['columns']} columns at a time."

@@ -12,10 +12,10 @@ from qcompile.lowering import pointwise
 from qcompile.lowering.extents import outside, require
 from qcompile.lowering.pointwise import TEMPLATE, formula, literal
 from qcompile.lowering.triton.elementary import functions
-from qcompile.lowering.triton.memory import convert, load, opened, pointer, store, value_type
+from qcompile.lowering.triton.memory import convert, load, pointer, store, value_type
 from qcompile.lowering.triton.scalar_ops import OPS, constant
 from qcompile.lowering.triton.source import Source
-from qcompile.lowering.triton.text import module
+from qcompile.lowering.triton.text import module, multiple_of
 from qcompile.target import Target
 
 TILE = 1024  # elements of one program
@@ -68,7 +68,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     names = [f"x{i}" for i in range(len(params["inputs"]))] + [f"y{i}" for i in range(len(params["outputs"]))]
     count, columns = params["dims"], params["columns"]
     tile = max(TILE // columns, 1) if count > 1 else 1
-    body = opened(names, dtypes, target) + _places(params, count, columns, tile)
+    body = _places(params, count, columns, tile)
     at = count
     rests: list[list[str]] = []  # the strides of each operand
     for _, form, *_ in operands:
@@ -96,7 +96,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
 
 def _places(params: dict[str, Any], count: int, columns: int, tile: int) -> list[str]:
     """Statements: which elements the program has. `col` along the innermost dimension, `i0`, `i1` ... along the others."""
-    n = f"n = tl.multiple_of(d{count - 1}, {params['multiple']})" if params["multiple"] > 1 else f"n = d{count - 1}"
+    n = f"n = {multiple_of(f'd{count - 1}', params['multiple'])}"
     if count == 1:
         return [n, f"col = tl.program_id(0).to(tl.int64) * {columns} + tl.arange(0, {columns})", "live = col < n"]
     lines = [
@@ -119,7 +119,7 @@ def _address(name: str, form: str, strides: list[str], start: str, multiple: int
     lines: list[str] = []
     if multiple > 1 and form == "unit":
         known = strides[: count - 1] + ([start] if start else [])
-        lines += [f"{item} = tl.multiple_of({item}, {multiple})" for item in known]
+        lines += [f"{item} = {multiple_of(item, multiple)}" for item in known]
     inner = {"same": "", "unit": "col", "apart": f"col.to(tl.int64) * {strides[-1]}" if strides else ""}[form]
     terms += [inner] if inner else []
     return [*lines, " + ".join([name, *terms])]

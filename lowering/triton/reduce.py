@@ -11,7 +11,7 @@ from qcompile.lowering import reduce
 from qcompile.lowering.extents import numbers
 from qcompile.lowering.reduce import TEMPLATE, start, work_dtype
 from qcompile.lowering.triton.elementary import functions
-from qcompile.lowering.triton.memory import convert, load, opened, pointer, store
+from qcompile.lowering.triton.memory import convert, load, pointer, store
 from qcompile.lowering.triton.scalar_ops import OPS, constant
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import DTYPES, module
@@ -37,7 +37,6 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     x, y, op = params["x"], params["y"], params["op"]
     made = _place(params) if op.startswith("arg") else _fold(params, target)
     body = [
-        *opened(["x", "y"], [x, y], target),
         *row_lines(params, "d0", "d1"),
         *made,
         store("y + row", f"({convert('total', _result(params), y, target)})", y, target, "inside"),

@@ -60,7 +60,7 @@ OPS: dict[str, Emit] = {
     "div": _call("tl.div_rn"),
     "floor_divide": _floor_divide,
     "remainder": lambda dtype, a, b: f"{a} - floor_divide({a}, {b}) * {b}",
-    "pow": _call("power"),
+    "pow": lambda dtype, a, b: f"power({_value(a)}, {_value(b)})",
     "maximum": _extreme("maximum"),
     "minimum": _extreme("minimum"),
     "and": _infix("&"),
@@ -101,3 +101,8 @@ OPS: dict[str, Emit] = {
 
 def _type(dtype: str) -> str:
     return "tl.float32" if dtype in FLOATS else DTYPES[dtype]
+
+
+def _value(text: str) -> str:
+    """A number as a value: functions convert what they are given."""
+    return text if text.startswith("v") else f"tl.full([], {text}, tl.float32)"

@@ -59,3 +59,8 @@ def dot_operand(expression: str, params: dict[str, Any], target: Target) -> str:
     """The f32 `expression` as an operand of `tl.dot`: rounded to params["compute"], "bf16" or "f16"."""
     rounded = cast(expression, params["compute"], target)
     return f"({rounded}).to(tl.float32)" if interpreted(target) else rounded
+
+
+def multiple_of(number: str, multiple: int) -> str:
+    """The text of a number of the call that `multiple` divides, such that Triton sees it: hints on arguments are lost."""
+    return f"{number} // {multiple} * {multiple}" if multiple > 1 else number

@@ -8,6 +8,7 @@ from typing import Any
 from qcompile.dims import Dim
 from qcompile.lowering.alignment import MOST_COLUMNS
 from qcompile.lowering.extents import outside, require
+from qcompile.lowering.triton.text import multiple_of
 
 TILE = 1024  # elements of one program, where rows are shorter
 
@@ -46,9 +47,8 @@ def warps(params: dict[str, Any]) -> int:
 
 def row_lines(params: dict[str, Any], rows: str, n: str) -> list[str]:
     """Statements: `n`, `row` [rows, 1] i32 and `inside` [rows, 1], whether there is such a row."""
-    size = f"tl.multiple_of({n}, {params['multiple']})" if params["multiple"] > 1 else n
     first = f"tl.program_id(0) * {height(params)}"
-    return [f"n = {size}", f"row = {first} + tl.arange(0, {height(params)})[:, None]", f"inside = row < {rows}"]
+    return [f"n = {multiple_of(n, params['multiple'])}", f"row = {first} + tl.arange(0, {height(params)})[:, None]", f"inside = row < {rows}"]
 
 
 def columns(params: dict[str, Any], body: list[str]) -> list[str]:
