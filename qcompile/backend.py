@@ -157,7 +157,7 @@ class CudaBackend:
     cache: str = "bf16"
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
-        return problem(transforms, k) or None
+        return problem(transforms, k, codes=True) or None
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         native = native_for(packed, before)

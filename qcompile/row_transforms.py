@@ -17,14 +17,24 @@ from qcompile.transforms.round_int import RoundInt
 LONGEST = 1 << 15  # inputs of a row: one program holds a row in its registers
 
 
-def problem(transforms: Sequence[Transform], k: int) -> str:
-    """Why there is no text for these transforms of a row of k inputs; empty when there is."""
+def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> str:
+    """Why there is no text for these transforms of a row of k inputs; empty when there is.
+
+    `codes`: the last one may keep columns with outliers apart, since its codes are what is wanted.
+    """
     if k > LONGEST:
         return f"rows of {k} inputs are longer than {LONGEST}"
-    return next((text for at, each in enumerate(transforms) if (text := _problem(each, at, len(transforms), k))), "")
+    return next(
+        (
+            text
+            for at, each in enumerate(transforms)
+            if (text := _problem(each, codes and at == len(transforms) - 1, at, k))
+        ),
+        "",
+    )
 
 
-def _problem(each: Transform, at: int, count: int, k: int) -> str:
+def _problem(each: Transform, codes: bool, at: int, k: int) -> str:
     whole = f"'{each.kind}' with one scale for all rows of a call"
     numbers = [value for value in vars(each).values() if isinstance(value, float)]
     if not all(map(math.isfinite, numbers)):
@@ -54,7 +64,7 @@ def _problem(each: Transform, at: int, count: int, k: int) -> str:
                 "" if _power(each.size, k) else f"groups of {each.size}"
             )
         case LlmInt8():
-            return "" if at == count - 1 else "outliers that another transform follows"
+            return "" if codes else "columns with outliers, behind which no codes are wanted"
     return f"'{each.kind}' has no text"
 
 

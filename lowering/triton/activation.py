@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from qcompile.artifact import Call, Extent
+from qcompile.artifact import Extent
 from qcompile.formats.native import native_codes
-from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton.linear import Request
 from qcompile.lowering.triton.linear_params import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
@@ -223,26 +221,3 @@ class _Text:
         lines += [f"    {line}" for line in (*row.lines, f"found = found | {outlier}.to(tl.int32)")]
         store = f"tl.store(columns + at, found.to(tl.uint8), mask=at < tl.where(m == 0, {p.padded}, 0))"
         return [*lines, "column = found != 0", store]
-
-
-def float_rows(request: Request) -> tuple[Call, Request]:
-    """The call that normalises x and does to it what the method does, and what is left: the same work on its result.
-
-    Refuse for transforms that have no text.
-    """
-    ctx, k, dtype = request.ctx, request.spec.k, request.shape.compute
-    if found := problem(request.spec.transforms(), k):
-        raise Refuse(found)
-    if any(isinstance(each, LlmInt8) for each in request.spec.transforms()):
-        raise Refuse("columns with outliers, and a weight that is no rows of int8 codes")
-    params: dict[str, Any] = {
-        "k": k,
-        "padded": k,
-        "prologue": request.spec.prologue,
-        "transforms": list(request.spec.before),
-    }
-    rows = ctx.temp((request.m, k), dtype)
-    read = [request.x, *request.norms, *(view for views in request.transforms for view in views)]
-    params |= {"out": dtype, "outliers": "none", "rest": dtype}
-    call = ctx.call(TEMPLATE, params, [*read, rows], (request.m,), (len(read),))
-    return call, replace(request.reading(rows, dtype), transforms=())

@@ -303,7 +303,7 @@ def calls(request: Request, most: int | None) -> list[Call]:
     found = native_codes(transforms)
     if isinstance(found, str):
         raise Refuse(found)
-    if problem := row_problem(transforms, spec.k):
+    if problem := row_problem(transforms, spec.k, codes=True):
         raise Refuse(problem)
     kind, group = found
     if kind != layout.code:
