@@ -65,7 +65,7 @@ _GPT2_KEYS = {
 }
 # Said again by another key or by the tensors' own shapes.
 _REDUNDANT = {"vocab_size", "attention.value_length", "rope.dimension_count", "tokenizer_length"}
-_TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -177,7 +177,7 @@ def config_of(file: GgufFile, family: Family) -> dict[str, Any]:
         "vocab_size": file.info("token_embd.weight").shape[0],
         "tie_word_embeddings": "output.weight" not in names,
     }
-    for key, field in _TOKENS.items():
+    for key, field in TOKENS.items():
         if f"tokenizer.ggml.{key}" in file.metadata:
             config[field] = file.metadata[f"tokenizer.ggml.{key}"]
     if not family.transposed:

@@ -19,6 +19,7 @@ from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import ConfigError, InternalError, QCompileError
 from qcompile.evaluate import dequantize
 from qcompile.export import GENERATION, export_checkpoint
+from qcompile.export_gguf import FILE, source_of
 from qcompile.format import Format, Packed
 from qcompile.formats.affine import Affine
 from qcompile.formats.dense import Dense
@@ -104,7 +105,7 @@ def convert(
     staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         export_checkpoint(made.artifact(program), made, staged / "made")
-        rows = tuple(made.proven(SafetensorsFolder(staged / "made")))
+        rows = tuple(made.proven(_written(staged / "made")))
         if path.is_dir():
             path.rmdir()
         os.rename(staged / "made", path)
@@ -323,6 +324,12 @@ class _Made(Mapping[str, torch.Tensor]):
         weight = written.read(module.weight)
         weight = weight.t() if module.kind == "Conv1D" else weight
         return Packed(Dense(NAMES[weight.dtype]), {"weight": weight}, module.n, module.k)
+
+
+def _written(folder: Path) -> TensorSource:
+    """What `export_checkpoint` wrote."""
+    file = folder / FILE
+    return source_of(file) if file.exists() else SafetensorsFolder(folder)
 
 
 def _dtype(format_: Format) -> str:

@@ -108,10 +108,26 @@ def _metal(facts: Facts) -> dict[str, Any]:
     return {"bits": facts.bits, "group_size": facts.group, "modules_to_not_convert": list(facts.dense) or None}
 
 
+def _gguf(facts: Facts) -> dict[str, Any]:
+    width = (
+        facts.bits,
+        facts.symmetric or facts.bits == 8,
+    )  # no encoding of 8 bits has zeros: those must be the middle
+    if facts.group != 32 or width not in ENCODINGS:
+        raise ConfigError(
+            "no GGUF encoding has such weights",
+            found=f"{facts.bits} bits in groups of {facts.group}",
+            expected="4, 5 or 8 bits in groups of 32",
+        )
+    return {"encoding": ENCODINGS[width]}
+
+
+ENCODINGS = {(4, True): "q4_0", (4, False): "q4_1", (5, True): "q5_0", (5, False): "q5_1", (8, True): "q8_0"}
 CONFIGS: dict[str, Callable[[Facts], dict[str, Any]]] = {
     "gptq": _gptq,
     "awq": _awq,
     "auto-round": _auto_round,
     "compressed-tensors": _compressed_tensors,
     "metal": _metal,
+    "gguf": _gguf,
 }

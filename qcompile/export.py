@@ -16,6 +16,7 @@ from qcompile.artifact import Artifact, Checkpoint, Parameter, WeightRecord
 from qcompile.dtypes import DTYPES
 from qcompile.errors import ConfigError
 from qcompile.evaluate import dequantize
+from qcompile.export_gguf import FILE, write_gguf
 from qcompile.format import Packed
 from qcompile.formats.dense import Dense
 from qcompile.methods.index import parse_config
@@ -53,7 +54,8 @@ def remember(program: Program) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
 def export_checkpoint(
     artifact: Artifact, tensors: Tensors, folder: str | Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `folder`, which must not hold anything yet: config.json, safetensors, and what else the method defines.
+    """Write `folder`, which must not hold anything yet: config.json, safetensors, and what else the method defines;
+    or the one file model.gguf.
 
     The folder appears as a whole or not at all. ConfigError where the method defines no checkpoint, or the layout of the
     target has lost what the method stores.
@@ -97,6 +99,9 @@ def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int)
     sidecars, metadata, indexed = dict[str, Any](), {"format": "pt"}, False
     if chosen is not None:
         method, parsed = chosen
+        if method.container == "gguf":
+            write_gguf(folder / FILE, config, _encodings(weights), _tensors(artifact, tensors, weights, chosen))
+            return
         if said := method.stored_config(parsed, weights):
             config["quantization_config"] = said
         config |= method.model_config(parsed, weights)
@@ -110,6 +115,16 @@ def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int)
                 out.add(name, tensor)
     for name, content in {"config.json": config, **sidecars}.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _encodings(weights: _Weights) -> dict[str, str]:
+    """The encoding of each tensor that holds blocks of a GGUF file."""
+    formats = ((weights.records[path].origin, weights[path].format) for path in weights)
+    return {
+        origin.module.weight: format_.kind.removeprefix("gguf-")
+        for origin, format_ in formats
+        if origin is not None and not isinstance(format_, Dense)
+    }
 
 
 def _dtype(artifact: Artifact) -> str:

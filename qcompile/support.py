@@ -85,16 +85,18 @@ def _int8_problem(read: Format) -> str:
 
 
 def markdown(table: list[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table, each method a link to its source."""
     lines = [
         "| format | method | bits a weight | reference | cpu exact | cpu int8 |",
         "| --- | --- | ---: | --- | --- | --- |",
     ]
     for row in table:
         name = f"{row.format} ({row.parameters})" if row.parameters else row.format
-        cells = (name, ", ".join(row.methods) or "any", f"{row.bits:.2f}", "yes", row.exact, row.int8)
+        users = ", ".join(f"[{user}]" for user in row.methods)
+        cells = (name, users or "any", f"{row.bits:.2f}", "yes", row.exact, row.int8)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    used = {name for row in table for name in row.methods}
+    return "\n".join([*lines, "", *(f"[{name}]: {method(name).source}" for name in METHODS if name in used)])
 
 
 def with_table(text: str) -> str:

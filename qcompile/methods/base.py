@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 
@@ -154,6 +154,7 @@ class Method(ABC):
     `formats` are the kinds of the formats that it reads or makes; weights that it leaves dense do not count. `experts` is
     true for methods that convert the fused weights of a mixture of experts: `select` then sees modules of the kind
     "Experts", `read` gives their weight [E * N, K], and `quantize` is asked for each expert as for a linear layer.
+    `container` is the file that holds a checkpoint's tensors.
     `indexed` is true where the package reads checkpoints by their index alone, even if all is in one file. `source` is
     the address of a paper or project that describes the method.
     """
@@ -163,6 +164,7 @@ class Method(ABC):
     Config: ClassVar[type[MethodConfig]]
     formats: ClassVar[tuple[str, ...]]
     indexed: ClassVar[bool] = False
+    container: ClassVar[Literal["safetensors", "gguf"]] = "safetensors"
     experts: ClassVar[bool] = False
 
     def recognise(self, model_config: Mapping[str, Any], source: TensorSource) -> dict[str, Any] | None:

@@ -44,11 +44,16 @@ class GgufConfig(MethodConfig):
 
 
 class Gguf(Method):
-    """quant_method "gguf"."""
+    """quant_method "gguf".
+
+    A checkpoint out is one file, model.gguf, of the architectures that GGUF files are read of (Llama, Mistral, Qwen2, Qwen3, GPT-2). It
+    has no tokenizer in it: its `tokenizer.ggml.model` is "no_vocab".
+    """
 
     name = "gguf"
     source = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     Config = GgufConfig
+    container = "gguf"
     formats = tuple(kind for kind in FORMATS if kind.startswith(_PREFIX))
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
@@ -118,10 +123,5 @@ class Gguf(Method):
         return stored.packed(fmt, blocks(fmt, stored.usable(weight, module)), module)
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
-        raise ConfigError(
-            "gguf defines no checkpoint of safetensors",
-            where=module.path,
-            found=f"a weight in {packed.format.kind}",
-            expected="a model of another method",
-            remedy="keep the .gguf file, or compile it under the config of another method, which quantizes it again",
-        )
+        (tensor,) = packed.tensors.values()
+        return {"weight": tensor}
