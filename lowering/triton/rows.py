@@ -38,8 +38,9 @@ class Rows:
 
     def lines(self, name: str, axes: str, first: int) -> list[str]:
         """The statements that give those dims, d<first> and on, their names."""
-        units = (lambda d: f"tl.multiple_of({d}, {self.unit})") if self.unit > 1 else str
-        return [f"{given} = {units(f'd{first + i}')}" for i, given in enumerate(self.given(name, axes))]
+        return [
+            f"{given} = {multiple_of(f'd{first + i}', self.unit)}" for i, given in enumerate(self.given(name, axes))
+        ]
 
     def at(self, name: str, axes: str, **places: str) -> str:
         """The text of the offset of a row; `places` holds the i64 index along each axis."""

@@ -47,8 +47,11 @@ def warps(params: dict[str, Any]) -> int:
 
 def row_lines(params: dict[str, Any], rows: str, n: str) -> list[str]:
     """Statements: `n`, `row` [rows, 1] i32 and `inside` [rows, 1], whether there is such a row."""
-    first = f"tl.program_id(0) * {height(params)}"
-    return [f"n = {multiple_of(n, params['multiple'])}", f"row = {first} + tl.arange(0, {height(params)})[:, None]", f"inside = row < {rows}"]
+    return [
+        f"n = {multiple_of(n, params['multiple'])}",
+        f"row = tl.program_id(0) * {height(params)} + tl.arange(0, {height(params)})[:, None]",
+        f"inside = row < {rows}",
+    ]
 
 
 def columns(params: dict[str, Any], body: list[str]) -> list[str]:
