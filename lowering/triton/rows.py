@@ -11,6 +11,7 @@ from qcompile.lowering.alignment import divisor, starts_aligned
 from qcompile.lowering.base import Context, Refuse
 from qcompile.lowering.extents import strided
 from qcompile.lowering.symbolic import ZERO, Strided
+from qcompile.lowering.triton.text import multiple_of
 
 FLOATS = ("f32", "f16", "bf16")
 GIVEN = -1
