@@ -9,9 +9,11 @@ from typing import Protocol
 import torch
 
 from qcompile.format import Format, Packed
+from qcompile.formats.fragments import ROWS, Fragments, fragments_for
 from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for
 from qcompile.formats.native import Native, native_for
 from qcompile.row_transforms import problem
+from qcompile.target import Target
 from qcompile.transform import Transform
 
 
@@ -149,8 +151,8 @@ class CpuBackend:
 
 @dataclass(frozen=True)
 class CudaBackend:
-    """CUDA kernels: fragment layouts where the format has one, and joined weights side by side in those; any format as it
-    is stored otherwise. Activations are never rounded unless the format says so.
+    """CUDA kernels: codes as they are for native dots where x is rounded, fragment layouts where the format has one, with
+    joined weights one below the other in both; any format as it is stored otherwise.
     """
 
     regions: bool = True
@@ -161,19 +163,28 @@ class CudaBackend:
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         native = native_for(packed, before)
-        return Layout(packed) if isinstance(native, str) else Layout(native)
+        if not isinstance(native, str):
+            return Layout(native)
+        found = fragments_for(packed)
+        return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         first = parts[0][0]
         differing = next((format_ for format_, _ in parts if format_ != first), None)
         if differing is not None:
             return f"their formats differ: {first} and {differing}"
-        rows = first.rows if isinstance(first, Native) else 1
+        if isinstance(first, Fragments) and first.tensor:
+            return "each has a scale of its own for the whole tensor"
+        rows, why = 1, ""
+        if isinstance(first, Native):
+            rows, why = first.rows, "that share a scale"
+        elif isinstance(first, Fragments):
+            rows, why = ROWS, "of a block"
         cut = next((n for _, n in parts[:-1] if n % rows), None)
-        return None if cut is None else f"{cut} rows are no multiple of the {rows} that share a scale"
+        return None if cut is None else f"{cut} rows are no multiple of the {rows} {why}"
 
     def join(self, parts: Sequence[Packed]) -> tuple[Packed, ...]:
-        if not isinstance(parts[0].format, Native):
+        if not isinstance(parts[0].format, Native | Fragments):
             return tuple(parts)
         tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         return (Packed(parts[0].format, tensors, sum(part.N for part in parts), parts[0].K),)
@@ -186,3 +197,10 @@ class CudaBackend:
 
     def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
         return None
+
+
+def backend_for(target: Target, accuracy: str = "exact") -> Backend:
+    """What the passes ask about `target`; `accuracy` is the one asked for on a CPU."""
+    if target.backend == "cpu":
+        return CpuBackend(accuracy)
+    return CudaBackend() if target.backend == "cuda" else ReferenceBackend()

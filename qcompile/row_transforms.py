@@ -24,14 +24,9 @@ def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> 
     """
     if k > LONGEST:
         return f"rows of {k} inputs are longer than {LONGEST}"
-    return next(
-        (
-            text
-            for at, each in enumerate(transforms)
-            if (text := _problem(each, codes and at == len(transforms) - 1, at, k))
-        ),
-        "",
-    )
+    last = len(transforms) - 1
+    problems = (_problem(each, codes and at == last, at, k) for at, each in enumerate(transforms))
+    return next(filter(None, problems), "")
 
 
 def _problem(each: Transform, codes: bool, at: int, k: int) -> str:

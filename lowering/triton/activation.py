@@ -69,7 +69,7 @@ class Params:
             padded=self.k <= self.padded < self.k + 128 and (self.out == "codes" or self.padded == self.k),
             outliers=is_llm == (self.outliers != "none") and (self.out == "codes" or not is_llm),
             out=not (isinstance(found, str) and found),
-        ) or problem(self.steps, self.k)
+        ) or problem(self.steps, self.k, codes=self.out == "codes")
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:

@@ -106,15 +106,17 @@ class _Text:
         layout = format_from_json(params["formats"][0])
         assert isinstance(layout, Native)
         self.shape, self.layout, self.target = Shape.of(params), layout, target
-        self.k, self.outliers, self.most = params["k"], params["outliers"], params["most"] or OPEN
+        self.outliers, self.most = params["outliers"], params["most"] or OPEN
+        self.k = self.shape.k
         self.padded = layout.padded(self.k)
-        self.x_group, self.w_group = params["group"] or self.k, layout.group or self.k
+        self.x_group: int = params["group"] or self.k
+        self.w_group = layout.group or self.k
         self.segment = min(self.x_group, self.w_group)
         self.per = 8 // layout.bits
         self.tile = self._tile()
         self.left = self.most <= 32
         self.exact = layout.code == "int"
-        self.native = bool(self.exact or target.capability >= FIRST_FP8)
+        self.native = self.exact or target.capability >= FIRST_FP8
 
     @property
     def split(self) -> bool:
