@@ -24,7 +24,6 @@ from qcompile.runtime.inputs import check_indices
 from qcompile.runtime.output import Output, structured
 from qcompile.runtime.reference import ReferenceSession
 from qcompile.runtime.runner import Runner
-from qcompile.runtime.session import Session
 from qcompile.runtime.state import State
 from qcompile.runtime.store import Contents, write
 from qcompile.target import Target, target
@@ -81,6 +80,9 @@ class CompiledModel:
             code = code_here(self.target)
             kernels = one_code(kernels, executable.kernels, code)
             return CudaSession(executable, tensors, kernels, CudaDevice(), sizes=sizes, bounds=self.bounds)
+        # Linking objects for a processor takes a library that a machine with a GPU may lack.
+        from qcompile.runtime.session import Session
+
         return Session(executable, tensors, kernels, sizes=sizes, threads=self.threads, bounds=self.bounds)
 
     def __call__(self, *args: torch.Tensor, **inputs: Any) -> Any:
