@@ -66,9 +66,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "generic": Kind((16, 32, 64), (32, 64, 128), (4,), (1, 2), most_m=64, pipelined=False),
-    "skinny": Kind((64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5), most_m=32),
-    "mid": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
-    "large": Kind((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), most_m=128, least_m=64, dense=True),
+    "skinny": Kind((64, 128), (128, 256), (4, 8), (2, 3, 4, 5), most_m=32),
+    "mid": Kind((64, 128), (128,), (4, 8), (2, 3, 4), most_m=128),
+    "large": Kind((64, 128, 256), (128,), (4, 8), (2, 3, 4), most_m=128, least_m=64, dense=True),
     "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "fp8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "codebook": Kind((32, 64), (64, 128), (4,), (1, 2), most_m=32, pipelined=False),
