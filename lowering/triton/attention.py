@@ -158,10 +158,10 @@ def lower_rope(node: Node, ctx: Context) -> None:
 
 
 def _whole_sequence(
-    node: Node, ctx: Context, qkv: tuple[Node, Node, Node], sinks: list[View], output: View,
+    node: Node, ctx: Context, qkv: tuple[Node, Node, Node], logits: list[View], output: View,
     mask: Strided | None = None, **what: Any,
 ) -> None:  # fmt: skip
-    """Attention of all queries to keys that are all there."""
+    """Attention of all queries to keys that are all there; `logits` holds the view of the sinks, if there are any."""
     rows, dims, views = dict[str, Any](mask=None), list[Dim](), list[View]()
     found = {name: packed(ctx, ctx.strided(item)) for name, item in zip("qkv", qkv, strict=True)}
     for name, source in (found | ({"mask": mask} if mask is not None else {})).items():
@@ -173,7 +173,7 @@ def _whole_sequence(
         y=ctx.dtype(node),
     )  # fmt: skip
     b, s, t = ctx.shape(qkv[0])[0], ctx.shape(qkv[0])[2], ctx.shape(qkv[1])[2]
-    args = [*views, *sinks, output]
+    args = [*views, *logits, output]
     ctx.emit(_call(ctx, attention_prefill, params, args, [b, s, t, *dims], [len(args) - 1]))
 
 

@@ -126,12 +126,17 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     ]
     about = (
         f"sums, stats of part p: the softmax of q k * {p.scale!r} times v over a part of the slots first .. past of the cache,"
-        f" where slot past gets k and v.\n\nA program takes the blocks p, p + P ... of {block_keys(p.d, p.dv)} slots for the"
+        f" where slot past gets k and v.\n\nA program takes the blocks p, p + P ... of {_keys(p)} slots for the"
         f" {p.group} heads of a key head; part 0 also the new slot. d0 = B, d1 = C, the slots of the cache, d2 = P."
     )
     text = module("attention_decode", about, list(p.pointers), len(p.dims), "\n".join(body), target)
     grid = ("d2", p.kv_heads, "d0")
     return Source(text, "attention_decode", tuple(p.pointers.values()), len(p.dims), grid, stages=2)
+
+
+def _keys(p: Params) -> int:
+    """Slots of a block; a head of its own keeps a sum for each."""
+    return block_keys(p.d, p.dv, 32 if p.group == 1 else 64)
 
 
 def _dims(p: Params) -> list[str]:
@@ -177,7 +182,7 @@ def _query(p: Params, rows: int) -> list[str]:
 
 def _blocks(p: Params, body: list[str]) -> list[str]:
     """Statements: `body` for every block of the part, whose `key` and `value` are loaded; `there` [keys] are the seen."""
-    keys = block_keys(p.d, p.dv)
+    keys = _keys(p)
     return [
         f"lowest = first // {keys} * {keys}",
         f"blocks = ((at - lowest + {keys - 1}) // {keys}).to(tl.int32)",
@@ -232,7 +237,7 @@ def _group(p: Params, target: Target) -> list[str]:
 
 def _one_head(p: Params, target: Target) -> list[str]:
     """A head of its own: each of the block's lanes keeps the softmax of its own keys, and they are joined at the end."""
-    keys, columns = block_keys(p.d, p.dv), pad(p.dv)
+    keys, columns = _keys(p), pad(p.dv)
     return [
         *_query(p, 1),
         f"col = tl.arange(0, {columns})[None, :]",

@@ -6,13 +6,14 @@ is padded. Blocks that see the most keys start first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompile import codec
 from qcompile.artifact import Extent
 from qcompile.lowering.extents import Float, numbers, outside
-from qcompile.lowering.triton.attention_text import LOWEST, block_keys, dot, operand, scaled, softmax_step
+from qcompile.lowering.triton.attention_text import LOW, LOWEST, block_keys, dot, operand, scaled, softmax_step
 from qcompile.lowering.triton.rope import pad, read
 from qcompile.lowering.triton.rows import Rows, blocks
 from qcompile.lowering.triton.source import Source
@@ -149,14 +150,15 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         f"block = (d1 * {p.group} - 1) // {size.rows} - tl.program_id(0)",
         f"row = block * {size.rows} + tl.arange(0, {size.rows})",
         f"live = (row >= 0) & (row < d1 * {p.group})",
-        f"position = tl.minimum(tl.maximum(row // {p.group}, 0), d1 - 1).to(tl.int64)",
+        f"at_query = tl.minimum(tl.maximum(row // {p.group}, 0), d1 - 1)",
+        "position = at_query.to(tl.int64)",
         f"query = head * {p.group} + row % {p.group}",
         f"query_at = {p.q.at('q', 'bhs', b='batch', h='query', s='position')}",
         *([f"turn_at = {p.turn.at('turn', 'bs', b='batch', s='position')}"] if p.turn else []),
         *read("x", "q", "query_at", "live", p.d, p.width, "turn_at"),
         f"x = {operand('x', 'f32', p.compute, target)}",
         *_range(p, size),
-        f"most = tl.full([{size.rows}], {LOWEST}, tl.float32)",
+        f"most = tl.full([{size.rows}], {LOWEST if _factor(p) is None else LOW}, tl.float32)",
         f"total = tl.zeros([{size.rows}], tl.float32)",
         f"acc = tl.zeros([{size.rows}, {pad(p.dv)}], tl.float32)",
         f"col = tl.arange(0, {pad(p.dv)})[None, :]",
@@ -190,13 +192,12 @@ def _range(p: Params, size: Tile) -> list[str]:
     """Statements: `before`, the positions in front of the first query; keys low .. high - 1 are all that a row may see."""
     if p.cache:
         lines = [
-            "before = tl.minimum(tl.maximum(tl.load(past), 0), d2)",
-            "first = tl.minimum(tl.maximum(tl.load(start + batch), 0), d2)",
+            "before = tl.minimum(tl.maximum(tl.load(past), 0), d2).to(tl.int32)",
+            "first = tl.minimum(tl.maximum(tl.load(start + batch), 0), d2).to(tl.int32)",
             "keys = tl.minimum(before + d1, d2)",
         ]
     else:
-        zero = "head * 0"  # an i64, as what is loaded above
-        lines = [f"before = {zero}", f"first = {zero}", "keys = before + d2"]
+        lines = ["before = d2 * 0", "first = d2 * 0", "keys = d2"]
     lines += ["low = first", "high = keys"]
     if p.window:
         lines.append(
@@ -210,44 +211,64 @@ def _range(p: Params, size: Tile) -> list[str]:
 def _step(p: Params, size: Tile, target: Target) -> list[str]:
     """Statements: one block of keys."""
     if p.cache:
-        where = f"((batch * {p.kv_heads} + head) * d2 + at)"
+        where = f"((batch * {p.kv_heads} + head) * d2 + slot)"
         key_at, value_at = f"{where} * {p.d}", f"{where} * {p.dv}"
         dtypes = p.cache, p.cache
     else:
         (k, axes), (v, _) = p.rows["k"], p.rows["v"]
-        places = {"b": "batch", "h": "head", "s": "at"}
+        places = {"b": "batch", "h": "head", "s": "slot"}
         key_at, value_at, dtypes = k.at("k", axes, **places), v.at("v", axes, **places), (k.dtype, v.dtype)
     key, value = (operand(name, dtype, p.compute, target) for name, dtype in zip(("key", "value"), dtypes, strict=True))
+    score = dot("x", f"tl.trans({key})")
     seen = ["(at >= first)[None, :] & (at < keys)[None, :]"]
     if p.causal:
-        seen.append("(at[None, :] <= (before + position)[:, None])")
+        seen.append("(at[None, :] <= (before + at_query)[:, None])")
     if p.window:
-        seen.append(f"(at[None, :] > (before + position - {p.window})[:, None])")
+        seen.append(f"(at[None, :] > (before + at_query - {p.window})[:, None])")
     lines = [
         f"at = step * {size.keys} + tl.arange(0, {size.keys})",
+        "slot = at.to(tl.int64)",
         "there = ((at >= first) & (at < keys))[:, None]",
         f"key_at = {key_at}",
         f"key = tl.load(k + key_at[:, None] + x_col, mask=there & (x_col < {p.d}), other=0.0)",
         f"value_at = {value_at}",
         f"value = tl.load(v + value_at[:, None] + col, mask=there & (col < {p.dv}), other=0.0)",
-        f"score = {scaled(dot('x', f'tl.trans({key})'), p.scale, p.softcap)}",
+        f"score = {score if _raw(p) else scaled(score, p.scale, p.softcap)}",
         f"seen = {' & '.join(seen)}",
     ]
     if p.mask:
-        mask_at = p.mask.at("mask", "bhs", b="batch", h="query", s="position")
+        # A mask that all heads and queries share is one row.
+        shared = p.mask.steps[1:] == (0, 0)
+        places = {"b": "batch", "h": "head", "s": "head"} if shared else {"b": "batch", "h": "query", "s": "position"}
+        mask_at = p.mask.at("mask", "bhs", **places)
+        live, mask_at = (
+            ("there_all", f"({mask_at})") if shared else ("live[:, None] & there_all", f"({mask_at})[:, None]")
+        )
         lines += [
-            f"mask_at = {mask_at}",
-            "masked = live[:, None] & (at < keys)[None, :]",
-            "given = tl.load(mask + mask_at[:, None] + at[None, :], mask=masked, other=0)",
+            "there_all = (at < keys)[None, :]",
+            f"given = tl.load(mask + {mask_at} + at[None, :], mask={live}, other=0)",
             "seen = seen & (given != 0)" if p.mask.dtype == "bool" else "score = score + given.to(tl.float32)",
         ]
-    return [*lines, *softmax_step(p.compute, value, target)]
+    return [*lines, *softmax_step(p.compute, value, target, _factor(p))]
+
+
+def _raw(p: Params) -> bool:
+    """Whether scores are left unscaled until they are shares."""
+    return not p.softcap and (p.mask is None or p.mask.dtype == "bool")
+
+
+def _factor(p: Params) -> float | None:
+    """What makes a score an exponent of 2; None where an additive mask may make it the lowest number there is."""
+    if p.mask is not None and p.mask.dtype != "bool":
+        return None
+    return (p.scale if _raw(p) else 1.0) / math.log(2)
 
 
 def _sinks(p: Params) -> list[str]:
     if not p.sinks:
         return []
     return [
+        *([f"most = most * {p.scale!r}"] if _raw(p) else []),
         "sink = tl.load(sinks + query, mask=live, other=0.0).to(tl.float32)",
         "new = tl.maximum(most, sink)",
         "keep = tl.exp(most - new)",

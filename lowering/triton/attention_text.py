@@ -9,6 +9,7 @@ from qcompile.lowering.triton.text import cast, dot_operand, interpreted
 from qcompile.target import Target
 
 LOWEST = "-3.4028234663852886e38"  # finite, so that a row that has seen no key yet has differences that are numbers
+LOW = "-1e30"  # the same where scores are multiplied before they are compared
 
 
 def dot(left: str, right: str) -> str:
@@ -29,24 +30,30 @@ def scaled(score: str, scale: float, softcap: float) -> str:
     return f"{softcap!r} * (1.0 - 2.0 / (tl.exp({score} * {2.0 / softcap!r}) + 1.0))" if softcap else score
 
 
-def block_keys(d: int, dv: int) -> int:
-    """Keys of one block: as many as registers and shared memory hold of this width."""
-    return max(16, min(64, 8192 // pad(max(d, dv))))
+def block_keys(d: int, dv: int, most: int = 64) -> int:
+    """Keys of one block: as many as registers and shared memory hold of this width, at most `most`."""
+    return max(16, min(most, 128 * most // pad(max(d, dv))))
 
 
-def softmax_step(compute: str, value: str, target: Target) -> list[str]:
+def softmax_step(compute: str, value: str, target: Target, factor: float | None = None) -> list[str]:
     """Statements: what a block of keys adds to `total` [rows] and `acc` [rows, columns], whose greatest score is `most`.
 
-    `score` f32 and `seen` i1 are [rows, keys], `value` the operand [keys, columns] of a dot in `compute`.
+    `score` f32 and `seen` i1 are [rows, keys], `value` the operand [keys, columns] of a dot in `compute`. With a factor, a
+    score's share is 2 to the power of score * factor, which takes one instruction less; scores are then above `LOW`.
     """
-    share: dict[str, Any] = {"compute": compute}
+    params: dict[str, Any] = {"compute": compute}
+    if factor is None:
+        keep, share = "tl.exp(most - new)", "tl.exp(score - new[:, None])"
+    else:
+        keep = f"tl.exp2((most - new) * {factor!r})"
+        share = f"tl.exp2(score * {factor!r} - (new * {factor!r})[:, None])"
     return [
-        f"score = tl.where(seen, score, {LOWEST})",
+        f"score = tl.where(seen, score, {LOWEST if factor is None else LOW})",
         "new = tl.maximum(most, tl.max(score, 1))",
-        "keep = tl.exp(most - new)",
-        "share = tl.where(seen, tl.exp(score - new[:, None]), 0.0)",
+        f"keep = {keep}",
+        f"share = tl.where(seen, {share}, 0.0)",
         "total = total * keep + tl.sum(share, 1)",
-        f"acc = acc * keep[:, None] + {dot(dot_operand('share', share, target), value)}",
+        f"acc = acc * keep[:, None] + {dot(dot_operand('share', params, target), value)}",
         "most = new",
     ]
 

@@ -44,7 +44,7 @@ def read(name: str, pointer: str, at: str, live: str, d: int, width: int = 0, tu
         lines += [
             f"# of the first {width} columns, each is turned by the one {half} away",
             f"{turned} = {live}[:, None] & ({col} < {width})",
-            f"{name}_mate = tl.where({col} < {half}, {col} + {half}, {col} - {half})",
+            f"{name}_mate = ({col} + {half}) % {width}",
             f"{name}_pair = tl.load({pointer} + {at}[:, None] + {name}_mate, mask={turned}, other=0.0).to(tl.float32)",
             f"{name}_pair = tl.where({col} < {half}, -{name}_pair, {name}_pair)",
             f"{name}_cos = tl.load(cos + {turn}[:, None] + {col}, mask={turned}, other=1.0).to(tl.float32)",

@@ -1,0 +1,59 @@
+"""CUDA kernels of mixtures of experts, interpreted, against the eager operator: few rows one by one, many in blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu.triton_lowered import Interpreted
+from linear_programs import experts
+from tiny_programs import run
+
+from qcompile.format import Format
+from qcompile.formats.dense import Dense
+from qcompile.formats.lanes import Lanes, pack_lanes
+from qcompile.formats.minifloat import E2M1
+from qcompile.program import Program
+
+EXPERTS, N, K = 5, 20, 96
+FORMATS = {"table": Lanes(4, 32, E2M1), "affine": Lanes(4, 32, None, "f16", "f16"), "dense": Dense("bf16")}
+
+
+def stored(format: Format) -> dict[str, torch.Tensor]:
+    if isinstance(format, Dense):
+        return {"weight": torch.randn(EXPERTS * N, K).to(torch.bfloat16)}
+    assert isinstance(format, Lanes)
+    n, groups = EXPERTS * N, K // format.group
+    codes = torch.randint(1 << format.bits, (n, K))
+    return pack_lanes(format, codes, torch.rand(n, groups) + 0.5, torch.randint(16, (n, groups)) + 0.0)
+
+
+def difference(made: Program, given: list[torch.Tensor]) -> float:
+    """The greatest difference from the eager result, over the greatest eager number."""
+    y, expected = Interpreted(made)(*given), run(made, *given)
+    assert y.shape == expected.shape
+    return float((y - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_number_of_rows(format: str) -> None:
+    torch.manual_seed(0)
+    form = FORMATS[format]
+    made, _ = experts(form, stored(form), EXPERTS, N, K, 9, bias=True, dynamic=True)
+    made.model_config["torch_dtype"] = "float16"
+    for rows, limit in ((1, 2e-6), (3, 2e-6), (33, 2e-3), (131, 2e-3)):
+        expert = torch.randint(EXPERTS, (rows,))
+        expert[expert == 1] = 2  # an expert that nobody asks
+        assert difference(made, [torch.randn(rows, K), expert]) < limit
+
+
+def test_an_expert_that_does_not_exist_shows() -> None:
+    torch.manual_seed(0)
+    made, _ = experts(FORMATS["table"], stored(FORMATS["table"]), EXPERTS, N, K, 9, dynamic=True)
+    for rows in (7, 33):
+        x, expert = torch.randn(rows, K), torch.randint(EXPERTS, (rows,))
+        wrong = expert.clone()
+        wrong[2], wrong[4] = 2**40, -1
+        found, expected = Interpreted(made)(x, wrong), Interpreted(made)(x, expert)
+        assert found[2].isnan().all() and found[4].isnan().all()
+        right = [i for i in range(rows) if i not in (2, 4)]
+        torch.testing.assert_close(found[right], expected[right], rtol=1e-3, atol=1e-3)
