@@ -173,6 +173,13 @@ class Context:
                 return view
         return self.view(self.copied(source, dtype))
 
+    def as_float(self, node: Node) -> View:
+        """The value in row-major order in f32: converted now where it is a stored tensor."""
+        if node.op == "get_attr" and self.dtype(node) != "f32":
+            name = node.meta["tensor"]
+            return self.constant(f"{name}.f32", self.program.tensors[name].float())
+        return self.contiguous(node, "f32")
+
     def copied(self, source: Strided, dtype: str | None = None) -> Strided:
         """A fresh contiguous copy of `source` in `dtype`."""
         target = self._allocate("copy", dtype or source.dtype, source.shape)

@@ -243,6 +243,19 @@ def _(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: str) 
     return x.new_empty((*x.shape[:-1], LinearSpec.from_text(spec).n_out))
 
 
+@torch.library.custom_op("qcompile::matmul", mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor")
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] times the transposed w [N, K], both of one 16-bit dtype: f32 [M, N], summed and kept in float32."""
+    if x.is_cuda:
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    return functional.linear(x.float(), w.float())
+
+
+@matmul.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:

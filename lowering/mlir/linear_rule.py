@@ -73,7 +73,7 @@ def lower_linear(node: Node, ctx: Context) -> None:
             reason = f"exact instead of int8: {refusal}"
     shape = _shape(spec)
     weights = tuple(ctx.view(item) for item in stored)
-    given = tuple(as_float(item, ctx) for item in extras)
+    given = tuple(ctx.as_float(item) for item in extras)
     source, m = ctx.contiguous(x, "f32"), times(*ctx.shape(x)[:-1])
     ctx.variants(_choices(Request(ctx, spec, shape, m, source, ctx.output(node), weights, given)))
     _report(node, spec, ctx, reason)
@@ -96,14 +96,6 @@ def _shape(spec: LinearSpec) -> Shape:
     ragged = any(n % LANES for n in rows)
     formats_json = tuple(part.format for part in spec.parts)
     return Shape(formats_json, ragged, spec.bias, spec.prologue, spec.epilogue, sizes)
-
-
-def as_float(node: Node, ctx: Context) -> View:
-    """The operand in float32: converted now where it is a stored tensor."""
-    if node.op == "get_attr" and ctx.dtype(node) != "f32":
-        name = node.meta["tensor"]
-        return ctx.constant(f"{name}.f32", ctx.program.tensors[name].float())
-    return ctx.contiguous(node, "f32")
 
 
 def _choices(request: Request) -> list[Choice]:

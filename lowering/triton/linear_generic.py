@@ -8,10 +8,12 @@ it rounds weights and x to the compute dtype, for tensor cores, and sums in f32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qcompile.artifact import Call, Extent
+from qcompile.format import Format
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.triton import prologue, schedule, split, text
@@ -25,26 +27,26 @@ from qcompile.target import Target
 
 TEMPLATE, TIER = "linear-generic", "generic"
 FEW = 4  # rows of x that are multiplied without tensor cores
+MIDDLE = 32  # rows from which on one kernel serves any number of them
 
 
 def calls(request: Request, most: int | None) -> list[Call]:
     """The calls for x of at most `most` rows."""
-    for part in request.spec.parts:
-        format = request.shape.parse()[request.spec.parts.index(part)]
-        if problem := problem_of(format, part.n, request.spec.k):
+    for format, n, k in _weights(request.shape):
+        if problem := problem_of(format, n, k):
             raise Refuse(f"no text for {problem}")
     few = most is not None and most <= FEW
     before: list[Call] = []
     if request.spec.before or not few:
         before, request = prologue.normalised(request, "f32" if few else None)
-    bucket = most or schedule.OPEN
+    bucket = schedule.OPEN if most is None or most > MIDDLE else most
     split_k = schedule.split(request.shape.n_out, request.spec.k, bucket)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
     tables = Tables.of(_weights(request.shape)).views(request.ctx)
     return [*before, request.call(TEMPLATE, scratch, inputs=tables, most=bucket, split_k=split_k)]
 
 
-def _weights(shape: Shape) -> list[tuple[Any, int, int]]:
+def _weights(shape: Shape) -> list[tuple[Format, int, int]]:
     return [(format, n, shape.k) for format, n in zip(shape.parse(), shape.rows, strict=True)]
 
 
@@ -80,6 +82,17 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     return _Text(Shape.of(params), params["most"], params["split_k"], target).source()
 
 
+def _between(tiles: Sequence[int], part: int) -> str:
+    """The condition that a tile is one of a part's; `tiles` of each part lie one behind the other."""
+    first, end = sum(tiles[:part]), sum(tiles[: part + 1])
+    return f"(tile >= {first}) & (tile < {end})" if first else f"tile < {end}"
+
+
+def _minus(tiles: Sequence[int], part: int) -> str:
+    first = sum(tiles[:part])
+    return f"tile - {first}" if first else "tile"
+
+
 class _Text:
     """Writes one kernel."""
 
@@ -108,15 +121,11 @@ class _Text:
         if len(bodies) == 1:
             lines = ["tile = tl.program_id(0)", *bodies[0]]
         else:
-            names, lines, first = ", ".join([*self.names, "d0"]), ["tile = tl.program_id(0)"], 0
-            for part, (body, count) in enumerate(zip(bodies, tiles, strict=True)):
+            names, lines = ", ".join([*self.names, "d0"]), ["tile = tl.program_id(0)"]
+            for part, body in enumerate(bodies):
                 made = "\n".join(f"    {line}" for line in body)
                 helpers += f"\n\n\n@triton.jit\ndef part{part}(tile, {names}):\n{made}"
-                lines += [
-                    f"if (tile >= {first}) & (tile < {first + count}):",
-                    f"    part{part}(tile - {first}, {names})",
-                ]
-                first += count
+                lines += [f"if {_between(tiles, part)}:", f"    part{part}({_minus(tiles, part)}, {names})"]
         made = text.module(entry, self._about(), self.names, 1, "\n".join(lines), self.target, helpers)
         rows = 1 if self.few else f"(d0 + {self.block_m - 1})//{self.block_m}"
         grid = (sum(tiles), rows, self.split_k)
@@ -205,7 +214,7 @@ class _Text:
         wide = "" if self.shape.x == "f32" else ".to(tl.float32)"
         for row in range(self.block_m):
             inside = " & ".join([*[mask] * bool(mask), f"({row} < d0)"])
-            at = f"x + {row * k} + k" if row else "x + k"
+            at = f"x + {prologue.offset(row * k)}k"
             lines.append(f"x{row} = tl.load({at}, mask={inside}, other=0.0){wide}")
             if self.shape.prologue is not None:
                 lines.append(f"x{row} = {prologue.apply(self.shape.prologue, f'x{row}', row)}")

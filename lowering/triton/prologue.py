@@ -36,6 +36,11 @@ def normalised(request: Request, dtype: Element | None = None) -> tuple[list[Cal
     )
 
 
+def offset(number: int) -> str:
+    """`number` as the first term of a sum; nothing for 0."""
+    return f"{number} + " if number else ""
+
+
 def statistics(prologue: dict[str, Any], k: int, rows: int) -> list[str]:
     """The statements that make rate0, rate1 ... (and mean0, mean1 ... of a layer norm) of rows 0 .. `rows` - 1 of x f32 [M, k].
 
@@ -52,7 +57,7 @@ def statistics(prologue: dict[str, Any], k: int, rows: int) -> list[str]:
             f"total = tl.zeros([{block}], tl.float32)",
             f"for start in range(0, {k}, {block}):",
             f"    at = start + tl.arange(0, {block})",
-            f"    value = {start.format(read=f'tl.load(x + {row * k} + at, mask={mask}, other=0.0)', mask=mask)}",
+            f"    value = {start.format(read=f'tl.load(x + {offset(row * k)}at, mask={mask}, other=0.0)', mask=mask)}",
             f"    total += {what}",
         ]
 

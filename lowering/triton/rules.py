@@ -10,6 +10,10 @@ RULES: dict[str, str] = {
     "aten.scaled_dot_product_attention.default": "attention:lower_sdpa",
     "qcompile.attention.default": "attention:lower_attention",
     "qcompile.cached_attention.default": "attention:lower_cached_attention",
+    "qcompile.dequantize.default": "dequantize:lower_dequantize",
+    "qcompile.embedding.default": "embedding:lower_embedding",
+    "qcompile.experts.default": "experts:lower_experts",
+    "qcompile.linear.default": "linear_rule:lower_linear",
     "qcompile.rope.default": "attention:lower_rope",
 }
 """What is not among the lines that all backends share."""

@@ -52,7 +52,7 @@ def add_up(
     ]
     starts = [sum(shape.rows[:part]) + first for part, first in section.streams]
     for y, start in zip(sums, starts, strict=True):
-        lines.append(f"at_{y} = m.to(tl.int64) * {shape.n} + (n + {start})")
+        lines.append(f"at_{y} = m.to(tl.int64) * {shape.n} + {f'(n + {start})' if start else 'n'}")
         lines.append(f"tl.store(parts + tl.program_id(2) * whole + at_{y}, {y}, mask=inside)")
     lines += [
         "tl.debug_barrier()",
