@@ -24,7 +24,6 @@ from qcompile.lowering.mlir import linear_gemv
 from qcompile.lowering.mlir.linear import LANES, Shape
 from qcompile.lowering.mlir.linear_gemv import Gemv
 from qcompile.lowering.mlir.linear_params import format_problem
-from qcompile.lowering.mlir.linear_rule import as_float
 from qcompile.lowering.mlir.memory import load, store
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target
@@ -142,7 +141,7 @@ def _lower(node: Node, ctx: Context) -> tuple[str, str]:
         raise Refuse(f"no text for {problem}")
     shape = Shape((part.format,), bias=bias is not None, sizes=(size,))
     params = shape.params(rows=1, experts=spec.experts, n=spec.n)
-    extras = [] if bias is None else [as_float(bias, ctx)]
+    extras = [] if bias is None else [ctx.as_float(bias)]
     args = [ctx.contiguous(x, "f32"), ctx.output(node), *(ctx.view(item) for item in stored), *extras]
     scratch = linear_gemv.scratch(params, spec.k)
     writes: tuple[int, ...] = (1,)

@@ -53,15 +53,13 @@ def calls(request: Request, most: int | None) -> list[Call]:
     args = [request.x, *request.norms, *stored, rows]
     made.append(ctx.call(activation.TEMPLATE, params, args, (request.m,), (len(args) - 1,)))
     plain = not (shape.bias or shape.epilogue)
-    sums = (
-        View(request.y.buffer, (request.m, shape.n), (shape.n, 1)) if plain else ctx.temp((request.m, shape.n), "f32")
-    )
-    operands = [{"view": 0}, {"view": 1}]
-    made.append(Call("qcompile.matmul.default", (rows, weights, sums), (), (2,), (operands, {})))
+    sums = View(request.y.buffer, (request.m, shape.n), (shape.n, 1)) if plain else ctx.temp((request.m, shape.n), "f32")
+    operands = ([{"view": 0}, {"view": 1}], {})
+    made.append(Call("qcompile.matmul.default", (rows, weights, sums), (), (2,), operands))
     if not plain:
-        params = {"rows": list(shape.rows), "bias": shape.bias, "epilogue": list(shape.epilogue)}
+        ending = {"rows": list(shape.rows), "bias": shape.bias, "epilogue": list(shape.epilogue)}
         args = [sums, request.y, *([request.bias] if request.bias else []), *request.extras]
-        made.append(ctx.call(TEMPLATE, params, args, (request.m,), (1,)))
+        made.append(ctx.call(TEMPLATE, ending, args, (request.m,), (1,)))
     return made
 
 

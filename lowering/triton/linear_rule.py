@@ -52,7 +52,8 @@ def _buckets(m: Dim) -> Sequence[int | None]:
 
 def _serve(request: Request, most: int | None) -> tuple[ModuleType, list[Call], str]:
     """The tier that serves a bucket, its calls, and why the tiers before it do not."""
-    refusals, many = [], most is None or most >= linear_dense.LEAST
+    refusals: list[str] = []
+    many = most is None or most >= linear_dense.LEAST
     for name in (*FAST, *["linear_dense"] * many, "linear_generic"):
         tier = import_module(f"qcompile.lowering.triton.{name}")
         try:
