@@ -53,8 +53,9 @@ def calls(request: Request, most: int | None) -> list[Call]:
     args = [request.x, *request.norms, *stored, rows]
     made.append(ctx.call(activation.TEMPLATE, params, args, (request.m,), (len(args) - 1,)))
     plain = not (shape.bias or shape.epilogue)
-    sums = View(request.y.buffer, (request.m, shape.n), (shape.n, 1)) if plain else ctx.temp((request.m, shape.n), "f32")
-    operands = ([{"view": 0}, {"view": 1}], {})
+    whole = View(request.y.buffer, (request.m, shape.n), (shape.n, 1))
+    sums = whole if plain else ctx.temp((request.m, shape.n), "f32")
+    operands: tuple[Any, ...] = ([{"view": 0}, {"view": 1}], {})
     made.append(Call("qcompile.matmul.default", (rows, weights, sums), (), (2,), operands))
     if not plain:
         ending = {"rows": list(shape.rows), "bias": shape.bias, "epilogue": list(shape.epilogue)}
