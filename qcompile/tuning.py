@@ -95,7 +95,7 @@ def plan(task: Task, capability: int, most: int = MOST) -> list[Row]:
     problem, gpu = task.problem, device(capability)
     default = choose(
         problem.kind, problem.n, problem.k, problem.m, problem.bits, capability,
-        value=problem.value, group=problem.group, split_k=problem.split_k,
+        value=problem.value, group=problem.group, split_k=problem.split_k, streams=problem.streams,
     )  # fmt: skip
     rows = [
         Row(task, each, cost.microseconds(problem, each, gpu), chosen=each == default)
@@ -240,7 +240,7 @@ def show(rows: Sequence[Row]) -> str:
         if problem != last:
             group = f" in groups of {problem.group}" if problem.group else ""
             parts = f", K in {problem.split_k} parts" if problem.split_k > 1 else ""
-            what = f"{problem.value}{problem.bits}{group}"
+            what = f"{problem.value}{problem.bits}{group}" + (f" x {problem.streams}" if problem.streams > 1 else "")
             lines.append(f"{problem.kind} N={problem.n} K={problem.k} M<={problem.m} {what}{parts}: {row.task.kernel}")
             last = problem
         tile = f"{schedule.block_n} x {schedule.block_m} x {schedule.block_k}"

@@ -25,7 +25,7 @@ PER_WARP = 0.4  # of a scheduler's issue slots that one warp fills
 def resident(problem: Problem, schedule: Schedule, gpu: Device) -> int:
     """Programs that one multiprocessor holds at a time."""
     by_shared = gpu.processor_shared // max(shared_bytes(problem, schedule) + 1024, 1)
-    by_registers = 65536 // (32 * schedule.warps * registers(schedule))
+    by_registers = 65536 // (32 * schedule.warps * registers(problem, schedule))
     return max(1, min(by_shared, by_registers, gpu.warps // schedule.warps))
 
 
@@ -38,8 +38,9 @@ def microseconds(problem: Problem, schedule: Schedule, gpu: Device) -> float:
     share = math.ceil(programs / gpu.processors)
     together = min(resident(problem, schedule, gpu), share)
 
-    step_bytes = schedule.block_k * (schedule.block_n * problem.stored_bits / 8 + 2 * schedule.block_m)
-    weights = problem.n * problem.k * problem.stored_bits / 8
+    outputs = problem.streams * schedule.block_n
+    step_bytes = schedule.block_k * (outputs * problem.stored_bits / 8 + 2 * schedule.block_m)
+    weights = problem.streams * problem.n * problem.k * problem.stored_bits / 8
     rows = 2 * problem.m * problem.k + 4 * problem.m * problem.n
     ahead = max(schedule.stages - 1, 1) if KINDS[problem.kind].pipelined else 1
     flowing = gpu.processors * together * ahead * step_bytes / LATENCY
@@ -50,11 +51,11 @@ def microseconds(problem: Problem, schedule: Schedule, gpu: Device) -> float:
 
     warps = schedule.warps * together / 4
     lanes = gpu.instructions / gpu.processors * min(1.0, PER_WARP * warps)
-    decoded = schedule.block_n * steps * schedule.block_k * instructions_per_weight(problem, schedule)
+    decoded = outputs * steps * schedule.block_k * instructions_per_weight(problem, schedule)
     issue = share * (decoded + (EDGES + STEP * steps) * 32 * schedule.warps) / lanes
 
     faster = {"int8": gpu.int8, "fp8": gpu.fp8}.get(problem.kind, 1.0)
-    dots = 2 * schedule.block_n * max(schedule.block_m, 16) * steps * schedule.block_k
+    dots = 2 * outputs * schedule.block_m * steps * schedule.block_k
     tensor = share * dots / (0.7 * faster * gpu.dense / gpu.processors)
 
     parts = (memory, issue, tensor)
@@ -64,7 +65,8 @@ def microseconds(problem: Problem, schedule: Schedule, gpu: Device) -> float:
 
 def limit(problem: Problem, gpu: Device) -> float:
     """The least time that memory and tensor cores allow, in microseconds: bytes at full bandwidth, or dots at full rate."""
-    weights = problem.n * problem.k * problem.stored_bits / 8
+    count = problem.streams * problem.n * problem.k
     rows = 2 * problem.m * (problem.k + problem.n)
     faster = {"int8": gpu.int8, "fp8": gpu.fp8}.get(problem.kind, 1.0)
-    return 1e6 * max((weights + rows) / gpu.bandwidth, 2 * problem.m * problem.n * problem.k / (faster * gpu.dense))
+    read = (count * problem.stored_bits / 8 + rows) / gpu.bandwidth
+    return 1e6 * max(read, 2 * problem.m * count / (faster * gpu.dense))

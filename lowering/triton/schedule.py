@@ -85,13 +85,14 @@ def choose(
     value: str = "int",
     group: int = 0,
     split_k: int = 1,
+    streams: int = 1,
 ) -> Schedule:
     """The schedule of a linear kernel: the entry of the table in use, else of the shipped one, else the model's fastest.
 
     `split_k` is the kernel's parameter, made by `split`; the others are as in `Problem`. Capability 0 is the interpreter, for
     which the smallest tile is taken. ValueError where no schedule can be made.
     """
-    problem = Problem(kind, n, k, m_bucket, bits, value, group, split_k)
+    problem = Problem(kind, n, k, m_bucket, bits, value, group, split_k, streams)
     in_use, seen = _in_use.get(), _chosen.get()
     found = (in_use and in_use.find(problem, capability)) or shipped().find(problem, capability)
     chosen = found or _modelled(problem, capability)

@@ -78,7 +78,7 @@ def _problem(entry: Entry) -> str:
         return f"capability {entry.capability}; known are {', '.join(map(str, DEVICES))}"
     if problem.kind not in KINDS:
         return f"kind {problem.kind!r}; known are {', '.join(KINDS)}"
-    counts = (problem.n, problem.k, problem.m, problem.bits, problem.split_k, *vars(schedule).values())
+    counts = (problem.n, problem.k, problem.m, problem.bits, problem.split_k, problem.streams, *vars(schedule).values())
     if min(counts) < 1 or problem.group < 0:
         return "a number below 1"
     kind = KINDS[problem.kind]

@@ -29,6 +29,7 @@ class Problem:
 
     `bits` are those of one code; `value` names what codes are worth ("int", "table", "fp", "codebook"), on which the number
     of instructions depends; `group` is how many inputs share a scale (0: all). K is summed in `split_k` parts.
+    `streams` are the weights of that size that one program multiplies side by side: two for gate and up.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Problem:
     value: str = "int"
     group: int = 0
     split_k: int = 1
+    streams: int = 1
 
     @property
     def stored_bits(self) -> float:
@@ -66,7 +68,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "generic": Kind((16, 32, 64), (32, 64, 128), (4,), (1, 2), most_m=64, pipelined=False),
-    "skinny": Kind((64, 128), (128, 256), (4, 8), (2, 3, 4, 5), most_m=32),
+    "skinny": Kind((64, 128), (128, 256), (4, 8), (2, 3, 4, 5), most_m=32, least_m=8),
     "mid": Kind((64, 128), (128,), (4, 8), (2, 3, 4), most_m=128),
     "large": Kind((64, 128, 256), (128,), (4, 8), (2, 3, 4), most_m=128, least_m=64, dense=True),
     "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
@@ -75,10 +77,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def registers(schedule: Schedule) -> int:
+def registers(problem: Problem, schedule: Schedule) -> int:
     """The registers of one thread, about: its sums, a step's operands in flight, and addresses."""
     threads = 32 * schedule.warps
-    sums = schedule.block_n * schedule.block_m / threads
+    sums = problem.streams * schedule.block_n * schedule.block_m / threads
     operands = schedule.block_n * min(schedule.block_k, 64) / threads / 2
     return int(40 + sums + operands)
 
@@ -89,7 +91,7 @@ def shared_bytes(problem: Problem, schedule: Schedule) -> int:
     x = schedule.block_m * schedule.block_k * (1 if problem.kind in ("int8", "fp8") else 2)
     if not kind.pipelined:
         return x
-    w = schedule.block_n * schedule.block_k * problem.stored_bits / 8
+    w = problem.streams * schedule.block_n * schedule.block_k * problem.stored_bits / 8
     held = max(schedule.stages - 1, 1) * (w + x)
     return int(held + (2 * schedule.block_n * schedule.block_k if kind.dense else 0))
 
@@ -105,8 +107,8 @@ def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
         return f"a step of {schedule.block_k} inputs cuts a part of {problem.k // problem.split_k}"
     if schedule.block_n < 16 * schedule.warps and kind.pipelined:
         return f"{schedule.warps} warps share {schedule.block_n} outputs; 16 a warp are the least"
-    if registers(schedule) > 240:
-        return f"about {registers(schedule)} registers a thread"
+    if registers(problem, schedule) > 240:
+        return f"about {registers(problem, schedule)} registers a thread"
     if shared_bytes(problem, schedule) > gpu.shared:
         return f"about {shared_bytes(problem, schedule)} bytes of shared memory, {gpu.shared} are the most"
     return ""
@@ -121,7 +123,7 @@ def tile_m(kind: str, m: int) -> int:
 def candidates(problem: Problem, gpu: Device) -> Iterator[Schedule]:
     """Every legal schedule, in a fixed order."""
     kind, most = KINDS[problem.kind], tile_m(problem.kind, problem.m)
-    rows = [size for size in (16, 32, 64, 128) if kind.least_m <= size <= most and 4 * size >= most]
+    rows = [size for size in (8, 16, 32, 64, 128) if kind.least_m <= size <= most and 4 * size >= most]
     for n in kind.block_n:
         for m in rows:
             for k in kind.block_k:
