@@ -34,6 +34,7 @@ TEMPLATES: dict[str, str] = {
     "gather": "gather",
     "linear-finish": "linear_dense",
     "linear-fragments": "linear_fragments",
+    "linear-codebook": "linear_codebook",
     "linear-generic": "linear_generic",
     "linear-native": "linear_native",
     "outlier-columns": "outlier_columns",

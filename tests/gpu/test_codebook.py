@@ -1,0 +1,122 @@
+"""Few rows times weights that are entries of codebooks, in Triton's interpreter against the weight decoded by its format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from gpu.interpret import run
+
+from qcompile.artifact import KernelSpec
+from qcompile.dtypes import DTYPES
+from qcompile.evaluate import dequantize
+from qcompile.format import Format
+from qcompile.formats.codebook import Aqlm, Vptq
+from qcompile.formats.higgs import Higgs
+from qcompile.lowering.triton import linear_codebook, templates, toolchain
+from qcompile.lowering.triton.codebooks import vectors
+from qcompile.lowering.triton.linear import Shape
+from qcompile.target import target
+
+INTERPRETED = target("cuda:interpret")
+GLU = ({"op": "glu", "act": "silu"},)
+
+
+def storage(format: Format, n: int, k: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator, made = torch.Generator().manual_seed(seed), {}
+    for stored in format.stored(n, k):
+        dtype = DTYPES[stored.dtype]
+        if dtype.is_floating_point:
+            made[stored.name] = torch.randn(stored.shape, generator=generator).to(dtype)
+        else:
+            info = torch.iinfo(dtype)
+            made[stored.name] = torch.randint(info.min, info.max, stored.shape, generator=generator).to(dtype)
+    return made
+
+
+def kernel(
+    format: Format,
+    rows: tuple[int, ...],
+    k: int,
+    most: int,
+    epilogue: tuple[dict[str, Any], ...] = (),
+    split_k: int = 1,
+) -> KernelSpec:
+    shape = Shape(
+        (format.to_json(),) * len(rows), rows, k, True, None, epilogue, "bf16", "f32" if most <= 4 else "bf16"
+    )
+    return KernelSpec("linear-codebook", json.loads(json.dumps(shape.params(most=most, split_k=split_k))))
+
+
+CASES: list[tuple[Format, tuple[int, ...], int, tuple[dict[str, Any], ...]]] = [
+    (Aqlm(2, 8), (21,), 72, ()),
+    (Aqlm(1, 12, 1, 8, "bf16", "f32"), (16, 7), 80, ()),
+    (Higgs(2, 32, 16), (128,), 64, GLU),
+    (Higgs(3, 64, 32), (512,), 64, ({"op": "relu"},)),
+    (Vptq(8, 64, 16), (40,), 40, ()),
+    (Vptq(4, 4096, norm=False), (24,), 70, GLU[:0]),
+]
+
+
+@pytest.mark.parametrize("m", [3, 17])
+@pytest.mark.parametrize(("format", "rows", "k", "epilogue"), CASES, ids=lambda each: getattr(each, "kind", ""))
+def test_sums_of_entries(
+    format: Format, rows: tuple[int, ...], k: int, epilogue: tuple[dict[str, Any], ...], m: int
+) -> None:
+    held = [storage(format, n, k, seed) for seed, n in enumerate(rows)]
+    w = torch.cat([dequantize(format, tensors, n, k) for tensors, n in zip(held, rows, strict=True)])
+    x, bias = torch.randn(m, k).bfloat16(), torch.randn(sum(rows))
+    expected = torch.nn.functional.linear(x.float(), w if m <= 4 else w.bfloat16().float(), bias)
+    if epilogue == GLU:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    elif epilogue:
+        expected = expected.relu()
+    y = torch.full(expected.shape, 7.0)
+    spec = kernel(format, rows, k, 4 if m <= 4 else 32, epilogue)
+    stored = [tensor for tensors in held for tensor in tensors.values()]
+    source = templates.emit(spec, INTERPRETED)
+    run(source, [x.float() if m <= 4 else x, y, *stored, bias], [m])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
+    assert len(templates.extents(spec)((m,), 1)) == len(source.pointers)
+
+
+def test_parts_of_k_are_added_in_order() -> None:
+    format, k = Aqlm(1, 8), 256
+    tensors, x, bias = storage(format, 20, k), torch.randn(2, k), torch.zeros(20)
+    spec = kernel(format, (20,), k, 4, split_k=2)
+    y, parts, arrivals = torch.zeros(2, 20), torch.zeros(2 * 2 * 20), torch.zeros(2, dtype=torch.int32)
+    run(templates.emit(spec, INTERPRETED), [x, y, *tensors.values(), bias, parts, arrivals], [2])
+    expected = x @ dequantize(format, tensors, 20, k).T
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    assert not arrivals.any()
+
+
+def test_what_has_no_runs() -> None:
+    assert vectors(Aqlm(1, 8, 2, 8), 8, 64) == "entries of 2 x 8 weights"
+    assert "0 columns with outliers, 2 groups" in str(vectors(Vptq(groups=2), 8, 64))
+    with pytest.raises(Exception, match="more than 32 rows"):
+        linear_codebook.calls(None, 33)  # type: ignore[arg-type]
+
+
+def compiled(capability: int, chosen: list[int], most: int) -> None:
+    place = target(f"cuda:sm_{capability}")
+    sources = [
+        templates.emit(kernel(format, rows, k, most, epilogue), place)
+        for format, rows, k, epilogue in (CASES[i] for i in chosen)
+    ]
+    for built in toolchain.compile_sources(sources, place):
+        assert built.launch is not None and built.launch.spills == 0
+
+
+def test_one_compiles() -> None:
+    compiled(90, [0], 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("most", [1, 4, 32])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_compile(capability: int, most: int) -> None:
+    compiled(capability, list(range(len(CASES))), most)
