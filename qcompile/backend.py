@@ -199,8 +199,8 @@ class CudaBackend:
         return None
 
 
-def backend_for(target: Target, accuracy: str = "exact") -> Backend:
-    """What the passes ask about `target`; `accuracy` is the one asked for on a CPU."""
+def backend_for(target: Target, accuracy: str = "exact", cache: str = "bf16") -> Backend:
+    """What the passes ask about `target`: `accuracy` is the one asked for on a CPU, `cache` the caches' dtype on GPUs."""
     if target.backend == "cpu":
         return CpuBackend(accuracy)
-    return CudaBackend() if target.backend == "cuda" else ReferenceBackend()
+    return CudaBackend(cache=cache) if target.backend == "cuda" else ReferenceBackend()

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qcompile.artifact import Artifact, Executable
-from qcompile.backend import Backend, CpuBackend, CudaBackend, ReferenceBackend
+from qcompile.backend import backend_for
 from qcompile.capture import capture
 from qcompile.errors import ConfigError, LoweringError
 from qcompile.export import remember
 from qcompile.graphjson import graph_of
+from qcompile.lowering.triton.linear import compute_dtype
 from qcompile.methods.index import parse_config
 from qcompile.passes.base import Context, run_pipeline
 from qcompile.passes.pipelines import CHECKED, FULL, pipeline
@@ -94,7 +95,7 @@ def compile(
     report.target, report.accuracy = place.name, accuracy
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
-    backend = _backend(place, accuracy, program)
+    backend = backend_for(place, accuracy, compute_dtype(program))
     stage = None if work is None else Stage(Path(work))
     ctx = Context(
         report,
@@ -186,16 +187,6 @@ def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Ca
     if show is None:
         return None
     return lambda name, text: show(name, text) if "*" in names or name in names else None
-
-
-def _backend(place: Target, accuracy: str, program: Program) -> Backend:
-    if place.backend == "cpu":
-        return CpuBackend(accuracy)
-    if place.backend == "reference":
-        return ReferenceBackend()
-    from qcompile.lowering.triton.linear import compute_dtype
-
-    return CudaBackend(cache=compute_dtype(program))
 
 
 def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tuple[Executable, dict[str, torch.Tensor]]:

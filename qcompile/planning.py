@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qcompile.backend import CpuBackend, ReferenceBackend
+from qcompile.backend import backend_for
 from qcompile.errors import QCompileError
 from qcompile.format import Format
 from qcompile.formats.dense import Dense
+from qcompile.formats.fragments import fragments_form
 from qcompile.formats.lanes import lanes_form
 from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.index import parse_config
@@ -112,7 +113,7 @@ def plan(
     place = target_of(target)
     program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
-    backend = CpuBackend() if place.backend == "cpu" else ReferenceBackend()
+    backend = backend_for(place)
     ctx = Context(Report(), backend, *(chosen or (None, None)))
     rows, seen = [], dict[tuple[str, str], str]()
     for module, found in survey(program, ctx):
@@ -160,8 +161,8 @@ def _row(
     reason = found.note if isinstance(found, Quantized) else found.reason
     format_ = found.format if isinstance(found, Quantized) else _dense(program, module)
     layout, why = format_, ""
-    if place.backend == "cpu" and module.kind != "Embedding":
-        formed = lanes_form(format_, n, k)
+    if place.backend != "reference" and module.kind != "Embedding":
+        formed = (lanes_form if place.backend == "cpu" else fragments_form)(format_, n, k)
         layout, why = (format_, formed) if isinstance(formed, str) else (formed, "")
     bits = layout.bits_per_weight(n, k)
     kept = beside(format_, n, k) if layout is not format_ else frozenset()
@@ -185,6 +186,6 @@ def _dense(program: Program, module: Module) -> Format:
 
 
 def _tier(layout: Format, place: Target) -> str:
-    if place.backend != "cpu":
+    if place.backend == "reference":
         return "eager"
-    return "lanes" if layout.kind.startswith("lanes") else "generic"
+    return "lanes" if layout.kind.startswith(("lanes", "fragments")) else "generic"
