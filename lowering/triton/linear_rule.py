@@ -21,7 +21,7 @@ from qcompile.lowering.triton.linear import Request, Shape, compute_dtype, norm_
 from qcompile.lowering.triton.schedule import BUCKETS
 from qcompile.ops import LinearSpec
 
-FAST = ("linear_native", "linear_fragments")
+FAST = ("linear_native", "linear_fragments", "linear_codebook")
 """The modules of the fast tiers, fastest first; `linear` says what they are."""
 
 
