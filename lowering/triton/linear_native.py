@@ -18,14 +18,14 @@ from qcompile.format import format_from_json
 from qcompile.formats.native import BLOCK, SHORTEST, Native, native_codes
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton import outlier_columns
+from qcompile.lowering.triton import outlier_columns, schedule, split
 from qcompile.lowering.triton.activation import TEMPLATE as ACTIVATION
 from qcompile.lowering.triton.bytes import halves, packed, unpack
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
 from qcompile.lowering.triton.linear import Request, Shape
 from qcompile.lowering.triton.linear_params import LinearParams
-from qcompile.lowering.triton.schedule import OPEN, choose
+from qcompile.lowering.triton.schedule import OPEN
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import DTYPES, interpreted, module
 from qcompile.lowering.triton.tiles import Schedule
@@ -55,10 +55,14 @@ def half(code):
 
 @dataclass(frozen=True, kw_only=True)
 class Params(LinearParams):
-    """`group` inputs share a scale of x (0: all); `most` is the greatest M (0: any). `outliers`: some columns stay floats."""
+    """`group` inputs share a scale of x (0: all); `most` is the greatest M (0: any); `split_k` programs share a sum.
+
+    `outliers`: some columns stay floats.
+    """
 
     group: int
     most: int
+    split_k: int
     outliers: bool
 
     def problem(self) -> str:
@@ -76,9 +80,15 @@ class Params(LinearParams):
             formats=packed and (layout.code == "int" or layout.bits == 8) and abs(layout.zero) < 128,
             group=self.group >= 0 and whole and long,
             most=0 <= self.most <= OPEN,
+            split_k=self.split_k == 1 or (1 < self.split_k <= 16 and _splits(self.k, sizes[0], self.split_k)),
             outliers=not self.outliers or layout.code == "int",
             prologue=self.prologue is None,
         )
+
+
+def _splits(k: int, segment: int, split_k: int) -> bool:
+    """Whether K can be cut into so many parts, each of whole steps and whole runs of inputs that share their scales."""
+    return k % (split_k * schedule.GRANULE) == 0 and (segment == k or k // split_k % segment == 0)
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
@@ -89,12 +99,14 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
     first, *rest = params.extents(m)
     out = [first._replace(dtype="i8" if layout.code == "int" else "u8", elements=m * padded), *rest]
     out.append(Extent("f32", m * (params.k // (params.group or params.k))))
-    return out + ([Extent(params.compute, m * padded), Extent("u8", padded)] if params.outliers else [])
+    out += [Extent(params.compute, m * padded), Extent("u8", padded)] if params.outliers else []
+    return out + split.extents(params.shape, m, params.split_k)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
     """Pointers: x codes [M, padded], y, codes and scale of the weight, bias, one for each add or mul, the scales of x f32
-    [M, groups]; with outliers their numbers in the compute dtype [M, padded] and their columns u8 [padded]. Dims: M.
+    [M, groups]; with outliers their numbers in the compute dtype [M, padded] and their columns u8 [padded]; the scratch of
+    `split`. Dims: M.
     """
     return _Text(params, target).source()
 
@@ -106,7 +118,7 @@ class _Text:
         layout = format_from_json(params["formats"][0])
         assert isinstance(layout, Native)
         self.shape, self.layout, self.target = Shape.of(params), layout, target
-        self.outliers, self.most = params["outliers"], params["most"] or OPEN
+        self.outliers, self.most, self.split_k = params["outliers"], params["most"] or OPEN, params["split_k"]
         self.k = self.shape.k
         self.padded = layout.padded(self.k)
         self.x_group: int = params["group"] or self.k
@@ -119,15 +131,17 @@ class _Text:
         self.native = self.exact or target.capability >= FIRST_FP8
 
     @property
-    def split(self) -> bool:
+    def cut(self) -> bool:
         """Whether scales change along K."""
         return self.segment < self.k
 
     def _tile(self) -> Schedule:
         kind = "int8" if self.layout.code == "int" else "fp8"
-        found = choose(
-            kind, self.shape.n, self.k, self.most, self.layout.bits, self.target.capability,
-            group=self.segment if self.segment < self.k else 0,
+        (section,) = self.shape.sections()
+        found = schedule.choose(
+            kind, section.rows, self.k, self.most, self.layout.bits, self.target.capability,
+            group=self.segment if self.segment < self.k else 0, split_k=self.split_k,
+            streams=len(section.streams),
         )  # fmt: skip
         step = self.layout.block if self.per > 1 else found.block_k
         if self.segment < self.k:
@@ -143,11 +157,16 @@ class _Text:
         names = [pointer.name for pointer in pointers] + ["x_scale", *(["rest", "columns"] if self.outliers else [])]
         types = ["i8" if self.exact else "u8", *(pointer.dtype for pointer in pointers[1:]), "f32"]
         types += [self.shape.compute, "u8"] if self.outliers else []
+        if self.split_k > 1:
+            names += [pointer.name for pointer in split.POINTERS]
+            types += [pointer.dtype for pointer in split.POINTERS]
         self.streams = [first for _, first in section.streams]
         self.rows = section.rows
-        lines = [*self._places(), *(self._segments() if self.split else self._whole())]
+        lines = [*self._places(), *(self._segments() if self.cut else self._whole())]
         sums = [f"sum{i}" for i in range(len(self.streams))]
-        lines += finish(self.shape, section, sums, ragged=self.rows % self.tile.block_n != 0)
+        ragged = self.rows % self.tile.block_n != 0
+        ending = finish(self.shape, section, sums, ragged=ragged)
+        lines += split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)
         about = (
             "y[m, n] = sum of x_code[m, k] * (code[n, k] - zero) * x_scale * scale\n\n"
             f"{self.layout}\n{tile}; the weight is on the {'left' if self.left else 'right'} of the dot."
@@ -157,7 +176,7 @@ class _Text:
         body = "\n".join(lines)
         text = module("linear_native", about, names, 1, body, self.target, helper + functions(body))
         m_tiles: Dim = f"(d0 + {tile.block_m - 1})//{tile.block_m}"
-        grid: tuple[Dim, Dim, Dim] = (-(-section.rows // tile.block_n), m_tiles, 1)
+        grid: tuple[Dim, Dim, Dim] = (-(-section.rows // tile.block_n), m_tiles, self.split_k)
         return Source(text, "linear_native", tuple(types), 1, grid, tile.warps, tile.stages)
 
     # -- places --
@@ -193,7 +212,7 @@ class _Text:
         ]
         if self.outliers:
             lines += [f"float{i} = {self._zeros('tl.float32')}" for i in range(len(self.streams))]
-        lines.append(f"for k0 in range(0, {self.padded}, {self.tile.block_k}):")
+        lines.append(f"for k0 in range({self._part(self.padded)}, {self.tile.block_k}):")
         lines += [f"    {line}" for line in self._step("k0", self.padded % self.tile.block_k != 0)]
         lines.append("x_by = tl.load(x_scale + row)")
         for i in range(len(self.streams)):
@@ -205,7 +224,7 @@ class _Text:
         """A sum over each run of inputs that share their scales."""
         count, steps = self.k // self.segment, self.segment // self.tile.block_k
         lines = [f"sum{i} = {self._zeros('tl.float32')}" for i in range(len(self.streams))]
-        lines.append(f"for s in range(0, {count}):")
+        lines.append(f"for s in range({self._part(count)}):")
         inner = [
             f"acc{i} = {self._zeros('tl.int32' if self.exact else 'tl.float32')}" for i in range(len(self.streams))
         ]
@@ -218,6 +237,11 @@ class _Text:
             by = self._factor(f"(x_by * tl.load(w_scale + {at}))")
             inner.append(f"sum{i} += acc{i}.to(tl.float32) * {by}")
         return [*lines, *(f"    {line}" for line in inner)]
+
+    def _part(self, count: int) -> str:
+        """The start and the end of this program's part of so many steps."""
+        part = count // self.split_k
+        return f"0, {count}" if self.split_k == 1 else f"tl.program_id(2) * {part}, (tl.program_id(2) + 1) * {part}"
 
     def _scale_row(self, i: int) -> str:
         return f"row{i}" if self.layout.rows == 1 else f"row{i} // {self.layout.rows}"
@@ -312,16 +336,15 @@ def calls(request: Request, most: int | None) -> list[Call]:
         raise Refuse(f"its codes are {layout.code}, those of its inputs {kind}")
     codes, made = _round(request, layout, group, most)
     shape = _bare(request.shape)
-    params = shape.params(group=group, most=most or 0, outliers=len(made) > 2)
-    args = [
-        made[0],
-        request.y,
-        *request.stored[0],
-        *([request.bias] if request.bias else []),
-        *request.extras,
-        *made[1:],
-    ]
-    return [*codes, request.ctx.call(TEMPLATE, params, args, (request.m,), (1,))]
+    bucket = next((bound for bound in schedule.BUCKETS[:-1] if most is not None and most <= bound), 0)
+    split_k = schedule.split(shape.n_out, shape.k, bucket or schedule.OPEN)
+    split_k = split_k if _splits(shape.k, min(group or shape.k, layout.group or shape.k), split_k) else 1
+    scratch = split.scratch(request.ctx, shape, request.m, split_k)
+    params = shape.params(group=group, most=bucket, split_k=split_k, outliers=len(made) > 2)
+    extras = [*([request.bias] if request.bias else []), *request.extras]
+    args = [made[0], request.y, *request.stored[0], *extras, *made[1:]]
+    written = (1, *range(len(args), len(args) + len(scratch)))
+    return [*codes, request.ctx.call(TEMPLATE, params, [*args, *scratch], (request.m,), written)]
 
 
 def _bare(shape: Shape) -> Shape:
