@@ -31,6 +31,7 @@ TEMPLATES: dict[str, str] = {
     "experts-gather": "experts_gather",
     "experts-grouped": "experts_grouped",
     "experts-order": "experts_order",
+    "cumsum": "cumsum",
     "gather": "gather",
     "linear-finish": "linear_dense",
     "linear-fragments": "linear_fragments",
@@ -42,6 +43,7 @@ TEMPLATES: dict[str, str] = {
     "reduce": "reduce",
     "rope": "rope",
     "row-norm": "norm",
+    "topk": "topk",
 }
 
 

@@ -212,6 +212,23 @@ def test_an_index_out_of_range_reads_nothing_and_shows() -> None:
     assert y[0].isnan().all() and torch.equal(y[1], values(3, 5)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-9, 9, 37)[torch.randperm(37)] for _ in range(4)]).view(2, 2, 37).to(dtype)
+    x[0, 0, 7], x[1, 1, 3], x[1, 0, 30] = math.inf, -math.inf, math.nan
+    for largest in (True, False):
+        for part in (0, 1):
+            agrees(lambda x, part=part, big=largest: torch.topk(x, 5, largest=big)[part], x, rtol=0, atol=0)
+    every = agrees(lambda x: torch.topk(x, 37)[1], torch.zeros(3, 37), rtol=0, atol=100)(torch.zeros(3, 37))
+    assert torch.equal(every, torch.arange(37).expand(3, -1))
+
+
+def test_cumsum() -> None:
+    agrees(lambda x: x.cumsum(-1), values(2, 3, 37), rtol=1e-5, atol=1e-5)
+    agrees(lambda x: x.cumsum(1), (values(2, 50) > 0), dynamic={1: "n"}, rtol=0, atol=0)
+    agrees(lambda x: x.cumsum(0), (values(9000) * 5).to(torch.int32), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_cat(axis: int) -> None:
     shapes = [[2, 3, 5], [2, 3, 5], [2, 3, 5]]
@@ -244,6 +261,8 @@ SPECS = [
     KernelSpec("reduce", {"op": "amax", "x": "bf16", "y": "f32", **TILE}),
     KernelSpec("row-norm", {"op": "layer_norm", "x": "f32", "y": "f16", "weight": "bf16", "eps": 1e-5, **TILE}),
     KernelSpec("gather", {"x": "f8e4m3", "index": "i64", "y": "f32", **TILE}),
+    KernelSpec("topk", {"x": "bf16", "k": 4, "largest": True, **TILE}),
+    KernelSpec("cumsum", {"x": "bool", "y": "i64", **TILE | {"whole": False}}),
 ]
 
 
