@@ -10,11 +10,12 @@ from torch.fx import Node
 
 from qcompile.artifact import Call, View
 from qcompile.dims import Dim, times
+from qcompile.lowering.alignment import divisor
 from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.symbolic import Strided
 from qcompile.lowering.triton import attention_decode, attention_prefill, cache_write, combine, rope
 from qcompile.lowering.triton.linear import compute_dtype
-from qcompile.lowering.triton.rows import FLOATS, blocks, describe, packed
+from qcompile.lowering.triton.rows import FLOATS, GIVEN, Rows, blocks, describe, packed
 
 PART = 64  # slots of the cache that make a part worth its while
 PROGRAMS = 512  # as many parts as make about this many programs of one sequence
@@ -97,21 +98,26 @@ def _decode(what: _Cached) -> list[Call]:
 
 
 def _prefill(what: _Cached) -> list[Call]:
-    """Many queries: keys and values to the cache, then blocks of queries."""
-    ctx, shared = what.ctx, what.shared
+    """Many queries: they are turned, keys and values go to the cache, then blocks of queries."""
+    ctx, shared, (b, s, capacity) = what.ctx, what.shared, what.sizes
     read, views, dims = what.read("kv", (0, 1, 2))
-    write = cache_write.Params(
-        shared["kv_heads"], shared["d"], shared["dv"], shared["width"], **read, cache=shared["cache"]
-    )
+    names = {name: shared[name] for name in ("d", "dv", "width", "cache")}
+    write = cache_write.Params(heads=shared["kv_heads"], **names, **read)
     args, first = [*views, *what.state], len(views)
-    kept = _call(ctx, cache_write, write, args, [*what.sizes, *dims], [first, first + 1])
-    read, (q, *turns), dims = what.read("q", (0, 1, 2))
-    params = attention_prefill.Params(
-        **shared, **read, causal=True, k=None, v=None, mask=None, compute=shared["cache"], **what.more
-    )
+    calls = [_call(ctx, cache_write, write, args, [b, s, capacity, *dims], [first, first + 1])]
+    heads, d, cache = shared["group"] * shared["kv_heads"], shared["d"], shared["cache"]
+    rows, (q, *tables), dims = what.read("q", (0, 1, 2))
+    if what.turn:
+        turned = ctx.temp((b, heads, s, d), cache)
+        params = rope.Params(heads, d, shared["width"], rows["q"], rows["turn"], cache)
+        calls.append(_call(ctx, rope, params, [q, *tables, turned], [b, s, *dims], [len(tables) + 1]))
+        q, dims = turned, [times(heads, s, d), times(s, d)]
+        rows["q"] = Rows(cache, (GIVEN, GIVEN, d), divisor(d))
+    attend = {name: shared[name] for name in shared if name not in ("width",)} | what.more
+    params = attention_prefill.Params(**attend, q=rows["q"], causal=True, k=None, v=None, mask=None, compute=cache)
     k_cache, v_cache, past = what.state
-    args = [q, k_cache, v_cache, *turns, past, what.start, *what.sinks, what.y]
-    return [kept, _call(ctx, attention_prefill, params, args, [*what.sizes, *dims], [len(args) - 1])]
+    args = [q, k_cache, v_cache, past, what.start, *what.sinks, what.y]
+    return [*calls, _call(ctx, attention_prefill, params, args, [b, s, capacity, *dims], [len(args) - 1])]
 
 
 def _parts(capacity: Dim, most: int) -> Dim:
@@ -169,7 +175,7 @@ def _whole_sequence(
         dims += given
         views.append(ctx.view(source))
     params = attention_prefill.Params(
-        **_heads(ctx, *qkv), **what, **rows, width=0, turn=None, cache="", compute=compute_dtype(ctx.program),
+        **_heads(ctx, *qkv), **what, **rows, cache="", compute=compute_dtype(ctx.program),
         y=ctx.dtype(node),
     )  # fmt: skip
     b, s, t = ctx.shape(qkv[0])[0], ctx.shape(qkv[0])[2], ctx.shape(qkv[1])[2]

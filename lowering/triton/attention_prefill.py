@@ -28,11 +28,10 @@ class Params:
     """What one attention kernel computes.
 
     `group` query heads share one of `kv_heads` key heads; `d` and `dv` are the widths of keys and values. `causal`, `window`
-    (0: none), `softcap` (0: none) as in qcompile.attention. q: rows [B, heads, S, d], of which `width` columns are turned
-    (0: none) by turn, the rows of cos and sin [B, S, width]. k, v: rows [B, kv_heads, T, ...]; None for a cache of dtype
-    `cache`, where positions begin at `past` and keys before start[b] are not seen. mask: rows [B, heads, S, T] of an additive
-    mask, or bools that say which keys are seen. `sinks`: dtype of the logits that only take share, "" for
-    none. `compute`: of a dot's operands.
+    (0: none), `softcap` (0: none) as in qcompile.attention. q: rows [B, heads, S, d]. k, v: rows [B, kv_heads, T, ...]; None
+    for a cache of dtype `cache`, where positions begin at `past` and keys before start[b] are not seen. mask: rows
+    [B, heads, S, T] of an additive mask, or bools that say which keys are seen. `sinks`: dtype of the logits that only take
+    share, "" for none. `compute`: of a dot's operands.
     """
 
     group: int
@@ -43,11 +42,9 @@ class Params:
     causal: bool
     window: int
     softcap: float
-    width: int
     q: Rows
     k: Rows | None
     v: Rows | None
-    turn: Rows | None
     mask: Rows | None
     cache: Literal["", "f32", "f16", "bf16"]
     sinks: Literal["", "f32", "f16", "bf16"]
@@ -62,7 +59,6 @@ class Params:
     def rows(self) -> dict[str, tuple[Rows, str]]:
         """What is read by rows, and the names of their axes."""
         found = {"q": (self.q, "bhs"), "k": (self.k, "bhs"), "v": (self.v, "bhs"), "mask": (self.mask, "bhs")}
-        found["turn"] = (self.turn, "bs")
         return {name: (rows, axes) for name, (rows, axes) in found.items() if rows is not None}
 
     def problem(self) -> str:
@@ -74,8 +70,6 @@ class Params:
                 d=1 <= self.d <= 512,
                 dv=1 <= self.dv <= 512,
                 window=0 <= self.window < 2**31,
-                width=0 <= self.width <= self.d and self.width % 2 == 0,
-                turn=(self.turn is None) == (self.width == 0),
                 k=(self.k is None) == bool(self.cache),
                 v=(self.v is None) == bool(self.cache),
                 floats="bool" not in [rows.dtype for name, (rows, _) in self.rows.items() if name != "mask"],
@@ -94,10 +88,9 @@ class Params:
         """Names and dtypes in order."""
         keys = {"k": self.cache or self.rows["k"][0].dtype, "v": self.cache or self.rows["v"][0].dtype}
         masks = {"mask": self.mask.dtype} if self.mask else {}
-        turns = {"cos": self.turn.dtype, "sin": self.turn.dtype} if self.turn else {}
         places = {"past": "i64", "start": "i64"} if self.cache else {}
         sinks = {"sinks": self.sinks} if self.sinks else {}
-        return {"q": self.q.dtype} | keys | masks | turns | places | sinks | {"y": self.y}
+        return {"q": self.q.dtype} | keys | masks | places | sinks | {"y": self.y}
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
@@ -105,13 +98,12 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
     b, s, t = dim["b"], dim["s"], dim["t"]
     sizes = {
         "q": (b, p.heads, s, p.d), "k": (b, p.kv_heads, t, p.d), "v": (b, p.kv_heads, t, p.dv),
-        "mask": (b, p.heads, s, t), "turn": (b, s, p.width),
+        "mask": (b, p.heads, s, t),
     }  # fmt: skip
     elements = {name: rows.reach(name, axes, sizes[name], dim) for name, (rows, axes) in p.rows.items()}
     if p.cache:
         elements |= {"k": b * p.kv_heads * t * p.d, "v": b * p.kv_heads * t * p.dv}
-    turn = elements.get("turn", 0)
-    elements |= {"cos": turn, "sin": turn, "past": 1, "start": b, "sinks": p.heads, "y": b * s * p.heads * p.dv}
+    elements |= {"past": 1, "start": b, "sinks": p.heads, "y": b * s * p.heads * p.dv}
     return [Extent(dtype, elements[name], name == "y") for name, dtype in p.pointers.items()]
 
 
@@ -132,9 +124,9 @@ def tile(p: Params, capability: int) -> Tile:
         return Tile(16, 16, 4, 1)
     if p.compute == "f32":
         return Tile(32, min(keys, 32), 4, 1)
-    if width > 256:
-        return Tile(64, 16, 8, 1)
-    return Tile(128, keys, 8, 2) if width <= 128 else Tile(64, keys, 8, 2)
+    if width > 128:
+        return Tile(64, keys, 4, 2) if width <= 256 else Tile(64, keys, 8, 1)
+    return Tile(128, keys, 8, 2)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
@@ -154,8 +146,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         "position = at_query.to(tl.int64)",
         f"query = head * {p.group} + row % {p.group}",
         f"query_at = {p.q.at('q', 'bhs', b='batch', h='query', s='position')}",
-        *([f"turn_at = {p.turn.at('turn', 'bs', b='batch', s='position')}"] if p.turn else []),
-        *read("x", "q", "query_at", "live", p.d, p.width, "turn_at"),
+        *read("x", "q", "query_at", "live", p.d),
         f"x = {operand('x', 'f32', p.compute, target)}",
         *_range(p, size),
         f"most = tl.full([{size.rows}], {LOWEST if _factor(p) is None else LOW}, tl.float32)",

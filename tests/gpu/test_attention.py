@@ -76,7 +76,9 @@ def test_cached_attention(shape: str, kind: str) -> None:
     for s, past in PLACES:
         given = inputs(SHAPES[shape], KINDS[kind], s, past, torch.float32)
         made = agrees(cached(*KINDS[kind]), given)
-        assert made.kernels == (["attention-decode", "attention-combine"] if s == 1 else ["cache-write", "attention"])
+        turn = ["rope"] if KINDS[kind][2] else []
+        many = ["cache-write", *turn, "attention"]
+        assert made.kernels == (["attention-decode", "attention-combine"] if s == 1 else many)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16], ids=str)
