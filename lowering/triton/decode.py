@@ -6,7 +6,8 @@ A tile has 16 outputs or a multiple of them, and 128 inputs: eight slots of 16 i
     integers    a code among the lower bits of 2^W is the number 2^W + code * 2^at, exact (W = 7 for bf16, 10 for f16); one
                 fused multiply-add makes it code - zero, exact too
     tables      one byte permutation looks up the low bytes of four entries, another the high ones; the entries were
-                rounded to the compute dtype
+                rounded to the compute dtype. The table comes in registers, as words that the compiler cannot know: it
+                would load constants anew for every use
     f8          sign, exponent and mantissa at the compute dtype's places, times a power of two, exact
 
 What f8 calls infinity or NaN gives a finite number. Where scales are given, the number is multiplied by its scale, which
@@ -76,9 +77,21 @@ class Decode:
         magic = word_of(-float(1 << _MANTISSA[self.compute]), self.compute) & 0xFFFF
         return f"({zero} | {magic:#x}).to(tl.int16).to({DTYPES[self.compute]}, bitcast=True)"
 
+    def words(self) -> list[int]:
+        """The table in words of four bytes: the low bytes of 16 entries, then the high bytes; nothing without a table."""
+        if self.format.table is None:
+            return []
+        entries = self.entries().view(torch.int16).tolist()
+        packed = (bytes(entry >> shift & 0xFF for entry in entries) for shift in (0, 8))
+        return [int.from_bytes(half[i : i + 4], "little") for half in packed for i in range(0, 16, 4)]
+
     def text(self, name: str, target: Target) -> str:
-        """A Triton function of the tiles of each plane, the zeros and the scales, that gives the tensors of eight slots."""
+        """A Triton function of the tiles of each plane, the words of a table (i32, on a GPU only), the zeros and the scales,
+        that gives the tensors of eight slots.
+        """
         codes = [f"c{p}" for p in range(len(planes(self.format.bits)))]
+        if not interpreted(target):
+            codes += [f"table{i}" for i in range(len(self.words()))]
         given = [*(f"zero{i}" for i in range(self.zeros)), *(f"scale{i}" for i in range(self.scales))]
         body = _plain(self, target) if interpreted(target) else _inline(self, [*codes, *given])
         lines = "\n".join(f"    {line}" for line in body)
@@ -160,8 +173,8 @@ class Asm:
 def ptx(decode: Decode) -> Asm:
     """The PTX that decodes `decode.pack` elements of each plane's tile.
 
-    Outputs: for each slot a register for each pair of elements. Inputs: the elements of each plane, then a register for each
-    pair of each zero and scale.
+    Outputs: for each slot a register for each pair of elements. Inputs: the elements of each plane, then each word of the
+    table for each element, then a register for each pair of each zero and scale.
     """
     pairs = decode.pack // 2
     asm = Asm(SLOTS * pairs)
@@ -177,11 +190,12 @@ def ptx(decode: Decode) -> Asm:
                 words[pair].append([word for wide in (asm.input("l"), asm.input("l")) for word in asm.halves(wide)])
             else:
                 words[pair].append([asm.input() for _ in range(width // 2)])
+    table = [[asm.input() for _ in range(decode.pack)][0] for _ in decode.words()]
     given = [[asm.input() for _ in range(pairs)] for _ in range(decode.zeros + decode.scales)]
     for pair in range(pairs):
         zeros, scales = ([one[pair] for one in part] for part in (given[: decode.zeros], given[decode.zeros :]))
         outputs = [f"${slot * pairs + pair}" for slot in range(SLOTS)]
-        _Pair(decode, asm, words[pair], zeros, scales, outputs).run()
+        _Pair(decode, asm, words[pair], table, zeros, scales, outputs).run()
     return asm
 
 
@@ -192,6 +206,7 @@ class _Pair:
     decode: Decode
     asm: Asm
     words: list[list[str]]
+    table: Sequence[str]
     zeros: Sequence[str]
     scales: Sequence[str]
     outputs: Sequence[str]
@@ -284,33 +299,25 @@ class _Pair:
         self._finish(slot, value, 2.0 ** (_BIAS[compute] - bias), -0.0)
 
     def _tables(self) -> None:
-        asm, entries = self.asm, self.decode.entries().view(torch.int16).tolist()
+        asm = self.asm
         for at, word in enumerate(self.words[0]):
             eighths = asm.do("and.b32", word, 0x77777777)  # which of eight
             uppers = asm.do("lop3.b32", asm.shifted(word, 1), 0x44444444, 0x32103210, _AND_OR)  # from the second eight
             for half in (0, 1):
                 eight, upper = asm.shifted(eighths, 16 * half), asm.shifted(uppers, 16 * half)
-                low, high = (
-                    self._bytes([entry >> shift & 0xFF for entry in entries], eight, upper) for shift in (0, 8)
-                )
+                low, high = (self._bytes(table, eight, upper) for table in (self.table[:4], self.table[4:]))
                 for j, selector in enumerate((0x5140, 0x7362)):
                     slot = 4 * at + 2 * half + j
-                    if self.scales:
-                        self._scaled(slot, asm.do("prmt.b32", low, high, selector))
-                    else:
+                    if not self.scales:
                         asm.do("prmt.b32", low, high, selector, to=self.outputs[slot])
+                        continue
+                    value = asm.do("prmt.b32", low, high, selector)
+                    self._fma(value, self.scales[slot * len(self.scales) // SLOTS], -0.0, self.outputs[slot])
 
-    def _scaled(self, slot: int, value: str) -> None:
-        self._fma(value, self.scales[slot * len(self.scales) // SLOTS], -0.0, self.outputs[slot])
-
-    def _bytes(self, table: Sequence[int], eight: str, upper: str) -> str:
+    def _bytes(self, table: Sequence[str], eight: str, upper: str) -> str:
         """The entries of a table of 16 bytes at four indices."""
-        asm = self.asm
-        words = [int.from_bytes(bytes(table[i : i + 4]), "little") for i in range(0, 16, 4)]
-        if len(set(words)) == 1:
-            return asm.constant(words[0])
-        first, second = (asm.do("prmt.b32", asm.constant(words[i]), asm.constant(words[i + 1]), eight) for i in (0, 2))
-        return asm.do("prmt.b32", first, second, upper)
+        first, second = (self.asm.do("prmt.b32", table[i], table[i + 1], eight) for i in (0, 2))
+        return self.asm.do("prmt.b32", first, second, upper)
 
 
 def _inline(decode: Decode, given: Sequence[str]) -> list[str]:

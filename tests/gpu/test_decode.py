@@ -49,6 +49,8 @@ def _decoded(decode: Decode, codes: torch.Tensor, given: list[torch.Tensor]) -> 
     made = ptx(decode)
     pairs = decode.pack // 2
     inputs = _registers(decode.format, _packed(decode.format, codes), decode.pack)
+    for entry in decode.words():
+        inputs += [np.full(len(inputs[0]), entry, np.uint32)] * decode.pack
     for each in given:
         word = machine.words(each.repeat_interleave(8 // pairs)[:, None].expand(-1, 2), decode.compute)
         inputs += [word] * pairs

@@ -1,0 +1,467 @@
+"""The Triton text of linear kernels over `Fragments` weights: W on the left of tensor cores, decoded in registers.
+
+    y[m, n] = epilogue(sum over k of W[n, k] x[m, k] + bias[n])
+
+A program computes a tile of outputs. A step takes 128 inputs, or several times that; each word of W is loaded once, and
+becomes operands of tensor cores in the thread that loaded it. Where the scale of a group comes in depends on the rows of x:
+
+    few     the sum over a group is multiplied by its scale, in f32: every weight as exact as its code
+    many    weights are multiplied by their scales, and rounded to the compute dtype once
+
+A scale of all inputs always multiplies the sum. A format's own rounding of each weight to 16 bits is left out. Zeros that are
+no whole numbers, and offsets, are added to a group's sum times the sum of its x, or to each weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qcompile.formats.fragments import INPUTS, ROWS, Fragments
+from qcompile.formats.stream import planes
+from qcompile.lowering.triton import prologue, schedule, split, text
+from qcompile.lowering.triton.decode import ELEMENTS, SLOTS, Decode
+from qcompile.lowering.triton.elementary import functions
+from qcompile.lowering.triton.epilogue import finish
+from qcompile.lowering.triton.linear import Compute, Section, Shape, types
+from qcompile.lowering.triton.source import Source
+from qcompile.target import Target
+
+FEW = 4  # rows of x that are normalised by every program for itself
+SKINNY, MID = 32, 128  # the most rows of these kinds
+
+_COLUMNS = {
+    8: """
+@triton.jit
+def columns8(p0, p1, p2, p3, p4, p5, p6, p7):
+    \"\"\"The slots of 16 inputs beside each other, [BN, 128].\"\"\"
+    even, odd = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    return tl.join(even, odd).permute(0, 2, 3, 4, 1).reshape(p0.shape[0], 128)
+""",
+    4: """
+@triton.jit
+def columns4(p0, p1, p2, p3):
+    \"\"\"The slots of 16 inputs beside each other, [BN, 64].\"\"\"
+    return tl.join(tl.join(p0, p2), tl.join(p1, p3)).permute(0, 2, 3, 1).reshape(p0.shape[0], 64)
+""",
+    2: """
+@triton.jit
+def columns2(p0, p1):
+    \"\"\"The slots of 16 inputs beside each other, [BN, 32].\"\"\"
+    return tl.join(p0, p1).permute(0, 2, 1).reshape(p0.shape[0], 32)
+""",
+}
+
+_THREADS = """
+@triton.jit
+def by_columns(c):
+    \"\"\"Elements [BN, 16] in memory's order, by thread, as a product of matrices has them: by eight inputs first.\"\"\"
+    return c.reshape(c.shape[0], 4, 2, 2).permute(0, 2, 1, 3).reshape(c.shape[0], 16)
+"""
+
+
+def kind_of(most: int) -> str:
+    """The kind of kernel, as schedules know it, for at most `most` rows of x."""
+    return "skinny" if most <= SKINNY else "mid" if most <= MID else "large"
+
+
+def value_of(format: Fragments) -> str:
+    """What codes are worth, as schedules know it."""
+    if format.table is not None:
+        return "table"
+    return "int" if format.code == "int" else "fp"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the scales, zeros and offsets of a weight with K = `k` come into sums over at most `most` rows of x."""
+
+    format: Fragments
+    k: int
+    compute: Compute
+    most: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether one scale holds for all inputs."""
+        return self.format.group == self.k
+
+    @property
+    def on_sums(self) -> bool:
+        """Whether scales multiply the sums of groups."""
+        return not self.whole and self.most <= SKINNY
+
+    @property
+    def packed(self) -> bool:
+        """Whether scales multiply pairs of weights in the compute dtype, which holds both exactly."""
+        exact = {"bf16": ("bf16", "f8e4m3", "f8e8m0"), "f16": ("f16", "f8e4m3")}[self.compute]
+        return not (self.whole or self.on_sums or self.shifted) and self.format.scale in exact
+
+    @property
+    def pieces(self) -> int:
+        """Groups in a step of 128 inputs; 1 where they are longer."""
+        return 1 if self.whole else max(1, INPUTS // self.format.group)
+
+    @property
+    def stored_zeros(self) -> bool:
+        """Whether whole zeros are stored, which the decoding subtracts."""
+        return self.format.zero == "u8" and self.format.table is None
+
+    @property
+    def given_zero(self) -> float:
+        """The zero that is the same everywhere."""
+        return 0.0 if self.format.zero is None or isinstance(self.format.zero, str) else float(self.format.zero)
+
+    @property
+    def left(self) -> bool:
+        """Whether there is a zero that the decoding does not subtract."""
+        if isinstance(self.format.zero, str):
+            return not self.stored_zeros
+        return self.given_zero != (self.decode.level if self.format.table is None else 0)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether something beside code - zero is added: a zero that is no whole number, or an offset."""
+        return self.left or self.format.offset is not None
+
+    @property
+    def decode(self) -> Decode:
+        """How codes become operands, without their scales."""
+        return Decode(self.format, self.compute, self.pieces if self.stored_zeros else 0)
+
+    @property
+    def decoder(self) -> Decode:
+        """How codes become operands."""
+        return replace(self.decode, scales=self.pieces if self.packed else 0)
+
+
+class Text:
+    """Writes one kernel."""
+
+    def __init__(self, shape: Shape, most: int, split_k: int, target: Target):
+        self.shape, self.most, self.split_k, self.target = shape, most, split_k, target
+        self.sections, self.formats = shape.sections(), [f for f in shape.parse() if isinstance(f, Fragments)]
+        self.ways = [Way(format, shape.k, shape.compute, most) for format in self.formats]
+        self.steps = -(-shape.k // INPUTS)
+        widest = max(self.formats, key=lambda format: format.bits)
+        group = 0 if widest.group == shape.k else widest.group
+        self.plan = schedule.choose(
+            kind_of(most), max(section.rows for section in self.sections), shape.k, most, widest.bits, target.capability,
+            value=value_of(widest), group=group, split_k=split_k,
+        )  # fmt: skip
+        self.block_n = self.plan.block_n
+        self.block_m = min(self.plan.block_m, 8) if most <= 8 else self.plan.block_m
+        together = self.plan.block_k // INPUTS
+        self.together = together if together and self.steps // split_k % together == 0 else 1
+        self.ragged_k = shape.k % INPUTS != 0
+        self.pointers = [*shape.pointers(), *(split.POINTERS if split_k > 1 else [])]
+        self.names = [pointer.name for pointer in self.pointers]
+        # A sum can be multiplied by a row's rate after all products, unless they might overflow without it.
+        norm = shape.prologue
+        self.late = norm is not None and norm["op"] == "rms_norm" and shape.compute == "bf16"
+
+    def source(self) -> Source:
+        tiles = [-(-section.rows // self.block_n) for section in self.sections]
+        bodies = [self._section(section) for section in self.sections]
+        lines, parts = ["tile = tl.program_id(0)"], ""
+        if len(bodies) == 1:
+            lines += bodies[0]
+        else:
+            names, first = ", ".join([*self.names, "d0"]), 0
+            for part, (body, count) in enumerate(zip(bodies, tiles, strict=True)):
+                made = "\n".join(f"    {line}" for line in body)
+                parts += f"\n\n\n@triton.jit\ndef part{part}(tile, {names}):\n{made}"
+                lines += [
+                    f"if (tile >= {first}) & (tile < {first + count}):",
+                    f"    part{part}(tile - {first}, {names})",
+                ]
+                first += count
+        entry = f"linear_{kind_of(self.most)}"
+        helpers = self._helpers("\n".join(line for body in bodies for line in body)) + parts
+        made = text.module(entry, self._about(), self.names, 1, "\n".join(lines), self.target, helpers)
+        rows = 1 if self.most <= self.block_m else f"(d0 + {self.block_m - 1})//{self.block_m}"
+        plan = self.plan
+        return Source(made, entry, types(self.pointers), 1, (sum(tiles), rows, self.split_k), plan.warps, plan.stages)
+
+    def _helpers(self, body: str) -> str:
+        decoders = [way.decoder.text(f"decode{part}", self.target) for part, way in enumerate(self.ways)]
+        joins = [made for count, made in _COLUMNS.items() if f"columns{count}(" in body]
+        return "\n\n".join(each.strip() + "\n" for each in (*decoders, _THREADS, *joins, functions(body)) if each)
+
+    def _about(self) -> str:
+        shape = self.shape
+        parts = ", ".join(f"[{n}, {shape.k}] in {f}" for f, n in zip(self.formats, shape.rows, strict=True))
+        y = (f"{shape.prologue['op']}(x)" if shape.prologue else "x") + " @ W.T" + (" + bias" if shape.bias else "")
+        steps = [step["act"] + " gate" if step["op"] == "glu" else step["op"] for step in shape.epilogue]
+        scales = "the sums of groups" if any(way.on_sums for way in self.ways) else "weights"
+        if all(way.whole for way in self.ways):
+            scales = "sums"
+        return (
+            f"y = {', '.join([y, *steps])}; W {parts}\n\n"
+            f"Tiles of {self.block_n} outputs x {self.block_m} rows, {self.together * INPUTS} inputs a step, K in "
+            f"{self.split_k} parts; {shape.compute} products, scales on {scales}, f32 sums."
+        )
+
+    # -- one section --
+
+    def _section(self, section: Section) -> list[str]:
+        """The statements for tile number `tile` of a section."""
+        bn, bm, k = self.block_n, self.block_m, self.shape.k
+        ragged = section.rows % bn != 0
+        start = "" if self.most <= bm else f"tl.program_id(1) * {bm} + "
+        streams = [_Stream(self, i, part, first) for i, (part, first) in enumerate(section.streams)]
+        lines = [
+            "i = tl.arange(0, %d)" % bn,
+            f"n = tile * {bn} + i[:, None]",
+            f"m = {start}tl.arange(0, {bm})[None, :]",
+            "live = m < d0",
+            f"x_row = x + m.to(tl.int64) * {k}",
+        ]
+        norm = self.shape.prologue
+        if norm is not None:
+            lines += prologue.statistics(norm, k, self.most)
+            lines += [self._by_row(name) for name in ("rate", "mean")[: 1 + (norm["op"] == "layer_norm")]]
+        for stream in streams:
+            lines += stream.places(section.rows)
+        part = self.steps // self.split_k
+        first, last = ("0", str(self.steps)) if self.split_k == 1 else ("first", f"first + {part}")
+        lines += [f"first = tl.program_id(2) * {part}"] * (self.split_k > 1)
+        lines += [f"{stream.total} = tl.zeros([{bn}, {bm}], tl.float32)" for stream in streams]
+        for stream in streams:
+            lines += stream.fetched(first, "")
+        ahead = f"ahead = tl.minimum(step + {self.together}, {last} - {self.together})"
+        body = [ahead] if any(stream.carried for stream in streams) else []
+        for stream in streams:
+            body += stream.fetched("ahead", "_next")
+        for u in range(self.together):
+            body += self._step(u, streams)
+        body += [f"{name} = {name}_next" for stream in streams for name in stream.carried]
+        # A table that changes is kept beside the products by Triton; step >> 31 is 0.
+        body += [f"{name} = {name} ^ (step >> 31)" for stream in streams for name in stream.table]
+        loop = f"for step in range({first}, {last}, {self.together}):"
+        lines += [loop, *(f"    {line}" for line in body)]
+        lines += [line for stream in streams for line in stream.after(self.late)]
+        sums = [stream.total for stream in streams]
+        ending = finish(self.shape, section, sums, ragged=ragged)
+        return [*lines, *split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)]
+
+    def _by_row(self, name: str) -> str:
+        made = f"{name}{self.most - 1}"
+        for row in reversed(range(self.most - 1)):
+            made = f"tl.where(m == {row}, {name}{row}, {made})"
+        return f"{name} = {made}"
+
+    def _step(self, u: int, streams: Sequence[_Stream]) -> list[str]:
+        """The statements for 128 inputs; the streams agree in where their groups end, or take them at the finer ends."""
+        pieces = max(stream.way.pieces if stream.way.on_sums else 1 for stream in streams)
+        lines = [f"at = (step + {u}) * {INPUTS}" if u else f"at = step * {INPUTS}"]
+        for stream in streams:
+            lines += stream.weights(u, pieces)
+        for piece in range(pieces):
+            lines += self._x(piece, INPUTS // pieces)
+            for stream in streams:
+                lines += stream.products(u, piece, pieces)
+        return lines
+
+    def _x(self, piece: int, inputs: int) -> list[str]:
+        """The statements that give `x_tile` [inputs, BM] in the compute dtype."""
+        shape = self.shape
+        start = f"at + {piece * inputs}" if piece else "at"
+        lines = [f"k = {start} + tl.arange(0, {inputs})[:, None]"]
+        mask = f"live & (k < {shape.k})" if self.ragged_k else "live"
+        lines.append(f"x_tile = tl.load(x_row + k, mask={mask}, other=0.0)")
+        norm = shape.prologue
+        if norm is not None:
+            lines += prologue.weights(norm, f"k < {shape.k}" if self.ragged_k else "")
+            if self.late:
+                lines.append("x_tile = x_tile * norm_scale")
+            elif norm["op"] == "rms_norm":
+                lines.append("x_tile = x_tile * rate * norm_scale")
+            else:
+                lines.append("x_tile = tl.where(live, (x_tile - mean) * rate * norm_scale + norm_shift, 0.0)")
+                if self.ragged_k:
+                    lines.append(f"x_tile = tl.where(k < {shape.k}, x_tile, 0.0)")
+        if shape.x == "f32":
+            lines.append(f"x_tile = {text.dot_operand('x_tile', {'compute': shape.compute}, self.target)}")
+        elif text.interpreted(self.target):
+            lines.append("x_tile = x_tile.to(tl.float32)")
+        return lines
+
+
+class _Stream:
+    """One of the weights that a tile of y is made of: its places in memory, its operands, its sum."""
+
+    def __init__(self, kernel: Text, number: int, part: int, first: int):
+        self.kernel, self.part, self.first = kernel, part, first
+        self.way, self.format = kernel.ways[part], kernel.formats[part]
+        self.suffix = "_up" if number else ""
+        self.total = f"acc{self.suffix}"
+        names = kernel.shape.stored()[part]
+        count = len(planes(self.format.bits))
+        self.codes = [pointer.name for pointer in names[:count]]
+        self.stored = {pointer.name.rpartition("_")[2]: pointer.name for pointer in names[count:]}
+        if self.format.tensor:
+            self.stored["tensor"] = names[-1].name
+
+    def places(self, rows: int) -> list[str]:
+        """The statements that say where the tile's blocks lie."""
+        bn, s = self.kernel.block_n, self.suffix
+        block = f"tile * {bn // ROWS} + i // {ROWS}" + (f" + {self.first // ROWS}" if self.first else "")
+        if rows % bn:
+            block = f"tl.minimum({block}, {(self.first + rows - 1) // ROWS})"
+        lines = [f"block{s} = {block}"]
+        for p, width in enumerate(planes(self.format.bits)):
+            pointer = self.codes[p] if width == 4 else f"{self.codes[p]}.to(tl.pointer_type({ELEMENTS[width]}))"
+            place = (
+                f"(block{s} * {self.kernel.steps * ROWS * 16} + i % {ROWS} * 16)[:, None] + tl.arange(0, 16)[None, :]"
+            )
+            lines.append(f"c{p}_at{s} = {pointer} + {place}")
+        groups = self.kernel.shape.k // self.format.group
+        # d0 >> 31 is 0, which compilers do not know: they would load constants again and again.
+        for name, word in zip(self.table, self.way.decode.words(), strict=False):
+            lines.append(f"{name} = tl.full([1, 1], {word - (word >> 31 << 32)}, tl.int32) ^ (d0 >> 31)")
+        return [*lines, f"row{s} = block{s} * {groups * ROWS} + i % 8 * 2 + i % {ROWS} // 8"]
+
+    @property
+    def _parts(self) -> list[str]:
+        """The stored tensors of groups that the loop reads."""
+        names = [] if self.way.whole else ["scales"]
+        shifts = (
+            [] if self.way.whole else [*["zeros"] * ("zeros" in self.stored), *["offsets"] * ("offsets" in self.stored)]
+        )
+        return names + (["zeros"] if self.way.whole and self.way.stored_zeros else shifts)
+
+    @property
+    def carried(self) -> list[str]:
+        """The names of what is loaded one step ahead: for each group of a step, and 128 inputs of it."""
+        return [
+            f"{part}{self.suffix}_{u}_{piece}"
+            for part in self._parts
+            for u in range(self.kernel.together)
+            for piece in range(self.way.pieces)
+        ]
+
+    def fetched(self, step: str, ending: str) -> list[str]:
+        """The statements that load the parts of the groups of a step."""
+        return [
+            f"{part}{self.suffix}_{u}_{piece}{ending} = tl.load({self.stored[part]} + row{self.suffix} + "
+            f"{self._group(f'({step} + {u})' if u else step, piece)} * {ROWS})"
+            for part in self._parts
+            for u in range(self.kernel.together)
+            for piece in range(self.way.pieces)
+        ]
+
+    def _group(self, step: str, piece: int) -> str:
+        """The group of a piece of 128 inputs; behind the last one, where x is 0, the last."""
+        if self.way.whole:
+            return "0"
+        group = self.format.group
+        if group >= INPUTS:
+            return f"({step} // {group // INPUTS})" if group > INPUTS else step
+        made = f"({step} * {INPUTS // group} + {piece})" if piece else f"({step} * {INPUTS // group})"
+        last = self.kernel.shape.k // group - 1
+        return f"tl.minimum({made}, {last})" if self.kernel.ragged_k else made
+
+    def _number(self, part: str, u: int, piece: int) -> str:
+        """A part of a group as f32 [BN]."""
+        dtype = {"scales": self.format.scale, "zeros": str(self.format.zero), "offsets": str(self.format.offset)}[part]
+        return _as_f32(f"{part}{self.suffix}_{u}_{piece}", dtype)
+
+    @property
+    def table(self) -> list[str]:
+        """The names of the words of the table; the interpreter needs none."""
+        count = 0 if text.interpreted(self.kernel.target) else len(self.way.decode.words())
+        return [f"table{self.part}_{i}" for i in range(count)]
+
+    def weights(self, u: int, pieces: int) -> list[str]:
+        """The statements that decode 128 inputs to `w`, one tensor for each of `pieces`."""
+        s, way, kernel = self.suffix, self.way, self.kernel
+        policy = ', eviction_policy="evict_first"' if kernel.most <= SKINNY else ""
+        given = []
+        lines = []
+        for p in range(len(self.codes)):
+            lines.append(f"c{p} = by_columns(tl.load(c{p}_at{s} + (step + {u}) * {ROWS * 16}{policy}))")
+            given.append(f"c{p}")
+        tile = f"[{kernel.block_n}, 16]"
+        given += [f"tl.broadcast_to({name}, {tile})" for name in self.table]
+        if way.stored_zeros:
+            for piece in range(way.pieces):
+                zero = way.decode.given_zero(f"zeros{s}_{u}_{piece}.to(tl.int32)", kernel.target)
+                given.append(f"tl.broadcast_to(({zero})[:, None], {tile})")
+        if way.packed:
+            for piece in range(way.pieces):
+                scale = text.cast(self._number("scales", u, piece), way.compute, kernel.target)
+                scale = f"({scale}).to(tl.float32)" if text.interpreted(kernel.target) else scale
+                given.append(f"tl.broadcast_to(({scale})[:, None], {tile})")
+        slots = [f"p{slot}{s}" for slot in range(SLOTS)]
+        lines.append(f"{', '.join(slots)} = decode{self.part}({', '.join(given)})")
+        if not (way.whole or way.on_sums or way.packed):
+            for slot, name in enumerate(slots):
+                lines.append(f"{name} = {self._rounded(name, u, slot * way.pieces // SLOTS)}")
+        each = SLOTS // pieces
+        for piece in range(pieces):
+            some = slots[piece * each : (piece + 1) * each]
+            lines.append(f"w{piece}{s} = " + (f"columns{each}({', '.join(some)})" if each > 1 else some[0]))
+        return lines
+
+    def _rounded(self, name: str, u: int, piece: int) -> str:
+        """A slot's numbers made weights in f32, rounded once."""
+        value = f"{name}.to(tl.float32)"
+        zero = self._zero(u, piece)
+        if zero:
+            value = f"({value} - {zero})"
+        value = f"{value} * ({self._number('scales', u, piece)})[:, None]"
+        if self.format.offset is not None:
+            value += f" + ({self._number('offsets', u, piece)})[:, None]"
+        return text.dot_operand(value, {"compute": self.way.compute}, self.kernel.target)
+
+    def _zero(self, u: int, piece: int) -> str:
+        """The zero that decoding has left, f32; empty where there is none."""
+        if not self.way.left:
+            return ""
+        stored = isinstance(self.format.zero, str)
+        return f"({self._number('zeros', u, piece)})[:, None]" if stored else repr(self.way.given_zero)
+
+    def products(self, u: int, piece: int, pieces: int) -> list[str]:
+        """The statements that add a piece's products to the sum."""
+        s, total, way = self.suffix, self.total, self.way
+        if not way.on_sums:
+            return [f"{total} = tl.dot(w{piece}{s}, x_tile, {total})"]
+        own = piece * way.pieces // pieces
+        lines = [f"{total} += tl.dot(w{piece}{s}, x_tile) * ({self._number('scales', u, own)})[:, None]"]
+        if way.shifted:
+            zero = self._zero(u, own)
+            shift = f"-({self._number('scales', u, own)})[:, None] * {zero}" if zero else ""
+            if self.format.offset is not None:
+                shift = f"({self._number('offsets', u, own)})[:, None] {shift}"
+            lines += [self._all_x(piece, pieces), f"{total} += tl.dot(ones, x_tile) * ({shift})"]
+        return lines
+
+    def _all_x(self, piece: int, pieces: int) -> str:
+        dtype = "tl.float32" if text.interpreted(self.kernel.target) else text.DTYPES[self.way.compute]
+        return f"ones = tl.full([{self.kernel.block_n}, {INPUTS // pieces}], 1.0, {dtype})"
+
+    def after(self, late: bool) -> list[str]:
+        """The statements behind the loop, for what multiplies all of the sum."""
+        lines, total, s, format = [], self.total, self.suffix, self.format
+        if self.way.whole:
+            scale = _as_f32(f"tl.load({self.stored['scales']} + row{s})", format.scale)
+            lines.append(f"{total} = {total} * ({scale})[:, None]")
+        if format.tensor:
+            lines.append(f"{total} = {total} * tl.load({self.stored['tensor']})")
+        if format.factor != 1.0:
+            lines.append(f"{total} = {total} * {format.factor!r}")
+        return [*lines, *[f"{total} = {total} * rate"] * late]
+
+
+def _as_f32(value: str, dtype: str) -> str:
+    """The text of a stored number as f32; floats of 8 bits are read as bytes."""
+    match dtype:
+        case "f8e8m0":  # no exponent of zero: 2^-127 is below what a scale can sensibly be, but exact all the same
+            return f"tl.where({value} == 0, 0x00400000, {value}.to(tl.int32) << 23).to(tl.float32, bitcast=True)"
+        case "f8e4m3" | "f8e5m2":
+            return f"{dtype}_to_f32({value})"
+        case "f32":
+            return value
+        case _:
+            return f"{value}.to(tl.float32)"

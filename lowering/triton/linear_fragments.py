@@ -1,0 +1,84 @@
+"""The template "linear-fragments": rows of x times weights in the order of tensor cores; `fragment_text` writes it.
+
+There are three kinds of it, which schedules tell apart: "skinny" for up to 32 rows of x, "mid" for up to 128, and "large".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.artifact import Call, Extent
+from qcompile.formats.fragments import INPUTS, ROWS, Fragments
+from qcompile.lowering.base import Refuse
+from qcompile.lowering.extents import numbers, outside, require
+from qcompile.lowering.triton import prologue, schedule, split
+from qcompile.lowering.triton.fragment_text import FEW, Text, Way
+from qcompile.lowering.triton.linear import Request, Shape
+from qcompile.lowering.triton.linear_params import LinearParams, problem_of
+from qcompile.lowering.triton.source import Source
+from qcompile.target import Target
+
+TEMPLATE, TIER = "linear-fragments", "lanes"
+
+
+def calls(request: Request, most: int | None) -> list[Call]:
+    """The calls for x of at most `most` rows; Refuse for weights that are not all in fragment order."""
+    shape = request.shape
+    for format, n in zip(shape.parse(), shape.rows, strict=True):
+        if problem := _problem(format, n, shape):
+            raise Refuse(problem)
+    before: list[Call] = []
+    if request.spec.before or most is None or most > FEW:
+        before, request = prologue.normalised(request)
+    bucket = most or schedule.OPEN
+    split_k = schedule.split(shape.n_out, shape.k, bucket)
+    scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
+    return [*before, request.call(TEMPLATE, scratch, most=bucket, split_k=split_k)]
+
+
+def _problem(format: object, n: int, shape: Shape) -> str:
+    """Why there is no text for a part; empty when there is."""
+    if not isinstance(format, Fragments):
+        return f"a weight of format '{getattr(format, 'kind', format)}' is not in the order of tensor cores"
+    if shape.glu and len(shape.rows) == 1 and n // 2 % ROWS:
+        return f"a gated unit over halves of {n // 2} rows, no whole blocks of {ROWS}"
+    if format.tensor and format.offset is not None:
+        return "a scale of the tensor beside an offset"
+    way = Way(format, shape.k, shape.compute, 1)
+    if way.whole and way.shifted:
+        return "zeros that are no whole numbers, or offsets, for all inputs at once"
+    return problem_of(format, n, shape.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(LinearParams):
+    """Those of `linear.Shape`; `most`, the M it is made for; and `split_k`, the programs that share a sum."""
+
+    most: int
+    split_k: int
+
+    def problem(self) -> str:
+        return (
+            outside(
+                self,
+                most=1 <= self.most <= schedule.OPEN,
+                split_k=self.split_k == 1 or (1 < self.split_k <= 16 and self.k % (self.split_k * INPUTS) == 0),
+                prologue=self.prologue is None or self.most <= FEW,
+            )
+            or super().problem()
+            or next(
+                (text for f, n in zip(self.parts, self.rows, strict=True) if (text := _problem(f, n, self.shape))), ""
+            )
+        )
+
+
+def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
+    (m,) = numbers(dims, 1)
+    require(m <= params.most or params.most > 128, "more rows than the kernel is written for", m, params.most)
+    return [*params.extents(m), *split.extents(params.shape, m, params.split_k)]
+
+
+def emit(params: dict[str, Any], target: Target) -> Source:
+    """Pointers: those of `linear`, the scratch of `split`. Dims: M."""
+    return Text(Shape.of(params), params["most"], params["split_k"], target).source()
