@@ -1,4 +1,4 @@
-"""Lowering of what only moves data: aten.cat and aten.stack copy their parts into windows of the result."""
+"""Lowering of what only moves data: aten.cat, aten.stack and aten.repeat copy into windows of the result."""
 
 from __future__ import annotations
 
@@ -29,6 +29,22 @@ def lower_stack(node: Node, ctx: Context) -> None:
     target = ctx.strided(node)
     for i, part in enumerate(parts):
         _copy(ctx, ctx.strided(part), target.select(axis % len(target.shape), i))
+
+
+def lower_repeat(node: Node, ctx: Context) -> None:
+    """One copy: of x where every dimension has one before it along which nothing changes."""
+    x, repeats = operands(node)
+    ctx.output(node)
+    source, target = ctx.strided(x), ctx.strided(node)
+    for _ in range(len(target.shape) - len(source.shape)):
+        source = source.unsqueeze(0)
+    sizes = list(source.shape)
+    for axis in range(len(sizes)):
+        source = source.unsqueeze(2 * axis)
+    pairs = [item for pair in zip(repeats, sizes, strict=True) for item in pair]
+    window = target.reshape(pairs)
+    assert window is not None  # the result is contiguous
+    _copy(ctx, source.expand(pairs), window)
 
 
 def _copy(ctx: Context, source: Strided, window: Strided) -> None:

@@ -79,10 +79,17 @@ class Reader:
 
 
 def operator(node: Node) -> str:
-    """The node's operator as `READ` names it: overloads of one operator mean the same, but for a view of the bits."""
+    """The node's operator as `READ` names it: overloads of one operator mean the same, but for a few."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
-    return "aten.view.dtype" if node.target == torch.ops.aten.view.dtype else str(node.target.overloadpacket)
+    return _OVERLOADS.get(node.target, str(node.target.overloadpacket))
+
+
+_OVERLOADS = {
+    torch.ops.aten.view.dtype: "aten.view.dtype",
+    torch.ops.aten.max.other: "aten.maximum",
+    torch.ops.aten.min.other: "aten.minimum",
+}
 
 
 def number(value: float) -> dict[str, Any]:

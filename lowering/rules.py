@@ -43,6 +43,8 @@ SHARED: dict[str, str] = {
     "aten.index_select.default": "gather:lower_index_select",
     "aten.index.Tensor": "gather:lower_index",
     "aten.cat.default": "cat:lower_cat",
+    "aten.diff.default": "diff:lower_diff",
+    "aten.repeat.default": "cat:lower_repeat",
     "aten.stack.default": "cat:lower_stack",
 }
 

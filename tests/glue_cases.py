@@ -40,7 +40,8 @@ SMOOTH = ("hardswish", "mish", "gelu", "gelu_tanh", "silu")
 
 BINARY = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
-    "minimum": torch.minimum, "pow": lambda x, y: x.abs() ** y, "eq": torch.eq, "ne": torch.ne, "lt": torch.lt,
+    "minimum": torch.minimum, "min of two": torch.min, "max of two": torch.max,
+    "pow": lambda x, y: x.abs() ** y, "eq": torch.eq, "ne": torch.ne, "lt": torch.lt,
     "le": torch.le, "gt": torch.gt, "ge": torch.ge, "logical_and": torch.logical_and, "logical_or": torch.logical_or,
     "where": lambda x, y: torch.where(x > y, x, y * 2), "floor": lambda x, y: torch.div(x, y, rounding_mode="floor"),
     "lerp": lambda x, y: torch.lerp(x, y, 0.3), "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.5),

@@ -239,6 +239,14 @@ def test_cat(axis: int) -> None:
     agrees(lambda a, b: torch.stack([a, b * 2], axis), values(4, 3), values(4, 3, seed=9))
 
 
+def test_repeat_and_diff() -> None:
+    agrees(lambda x: x.repeat(2, 1, 3), values(3, 5), rtol=0, atol=0)
+    agrees(lambda x: x.repeat(3, 2), values(4, 3).t().contiguous().t()[1:], rtol=0, atol=0)
+    x, before, after = (values(2, n, 5, seed=n) for n in (7, 1, 2))
+    agrees(lambda x: torch.diff(x), x, rtol=0, atol=0)
+    agrees(lambda x, a, b: torch.diff(x, dim=1, prepend=a, append=b), x, before, after, rtol=0, atol=0)
+
+
 def test_rows_that_begin_anywhere_are_copied_for_kernels_that_want_them_aligned() -> None:
     made = agrees(lambda x: torch.softmax(x[1], -1), values(3, 5, 7))
     assert made.kernels == ["pointwise", "row-norm"]

@@ -49,6 +49,14 @@ def test_cat(axis: int) -> None:
     agrees(lambda a, b: torch.stack([a, b * 2], axis), values(4, 3), values(4, 3, seed=9))
 
 
+def test_repeat_and_diff() -> None:
+    agrees(lambda x: x.repeat(2, 1, 3), values(3, 5), rtol=0, atol=0)
+    agrees(lambda x: x.repeat(3, 2), values(4, 3).t().contiguous().t()[1:], rtol=0, atol=0)
+    x, before, after = (values(2, n, 5, seed=n) for n in (7, 1, 2))
+    agrees(lambda x: torch.diff(x), x, rtol=0, atol=0)
+    agrees(lambda x, a, b: torch.diff(x, dim=1, prepend=a, append=b), x, before, after, rtol=0, atol=0)
+
+
 def test_cat_of_sizes_known_when_it_runs() -> None:
     made = Lowered(lambda x: torch.cat([x * 2.0, x.expand(-1, -1, 6)], 1), values(2, 3, 6), dynamic={0: "b", 1: "s"})
     for b, s in ((2, 3), (1, 1), (3, 9)):
