@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.ops import parse_transform
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import args_of, erase_unused, fake_mode, inherit, is_call, substitute
+from qcompile.passes.graph import args_of, erase_unused, fake_mode, inherit, is_call, substitute, value
 from qcompile.passes.linears import Linear, linears
 from qcompile.program import Program
 from qcompile.transform import transform_from_json
@@ -34,7 +34,7 @@ class Decompose(Pass):
             if not ctx.take():
                 break
             x, stored, text = node.args
-            traced = self._trace(program, x.meta["val"], [t.meta["val"] for t in stored], text)
+            traced = self._trace(program, value(x), [value(t) for t in stored], text)
             self._inline(node, traced, [x, *stored])
             count += 1
         return count
@@ -42,7 +42,7 @@ class Decompose(Pass):
     def _take_in(self, linear: Linear, ctx: Context) -> int:
         """The number of transforms that the linear has taken in: the last one of its input, the one before it, ..."""
         chain, x = list[Node](), linear.x
-        while is_call(x, qc.transform.default) and x.meta["val"].dtype == torch.float32:
+        while is_call(x, qc.transform.default) and value(x).dtype == torch.float32:
             chain.insert(0, x)
             (x,) = args_of(x)[:1]
         while chain:
