@@ -41,7 +41,8 @@ def lower_repeat(node: Node, ctx: Context) -> None:
     sizes = list(source.shape)
     for axis in range(len(sizes)):
         source = source.unsqueeze(2 * axis)
-    pairs = [item for pair in zip(repeats, sizes, strict=True) for item in pair]
+    times = [item.meta["val"] if isinstance(item, Node) else item for item in repeats]
+    pairs = [item for pair in zip(times, sizes, strict=True) for item in pair]
     window = target.reshape(pairs)
     assert window is not None  # the result is contiguous
     _copy(ctx, source.expand(pairs), window)
