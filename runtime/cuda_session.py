@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -168,8 +169,9 @@ class CudaSession(PlannedSession):
 
         It has a binding, and so a table, of its own, and holds on to the memory that the table points into.
         """
-        accepted, sizes = self.signature.accept(inputs, state, True)
-        binding = self._planned(sizes)
+        usual, accepted = self._accept(inputs, state)
+        plan = dataclasses.replace(usual.plan, args=np.zeros_like(usual.plan.args))
+        binding = self._binding(plan, usual.slots)
         binding.keeps = False
         made = self._place(binding, accepted, state, {})
         memory = (self._arena, self._counters)

@@ -181,16 +181,16 @@ class PlannedSession(Runner):
         key = tuple(sizes.values())  # ports give sizes in one order
         binding = self._plans.get(key)
         if binding is None:
-            binding = self._plans[key] = self._planned(sizes)
+            binding = self._plans[key] = self._binding(self.plan(sizes), sizes.get(LENGTH, 0))
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return binding, accepted
 
-    def _planned(self, sizes: Mapping[str, int]) -> Binding:
-        """A binding of a new plan, which knows where the weights are."""
-        binding = self._bind(self.plan(sizes), sizes.get(LENGTH, 0))
-        for index, name in enumerate(binding.plan.bound):
+    def _binding(self, plan: Plan, slots: int) -> Binding:
+        """A new binding, which knows where the weights are."""
+        binding = self._bind(plan, slots)
+        for index, name in enumerate(plan.bound):
             if name in self.weights:
                 binding.bases[2 + index] = self.weights[name].data_ptr()
         return binding

@@ -133,7 +133,7 @@ def test_numbers_of_kernels_are_i32():
     wide = {name: dataclasses.replace(b, shape=("b", 2147483648)) for name, b in program.buffers.items()}
     run, _ = session(dataclasses.replace(program, buffers=wide))
     with pytest.raises(ArtifactError, match="a number is too large for a kernel\n  where:    step 'big', kernel 'add'"):
-        run._planned({"b": 1})
+        run._binding(run.plan({"b": 1}), 0)
 
 
 def steps(run, state, tokens, at=0):
