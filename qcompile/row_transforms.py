@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
 from qcompile.transforms.fp_quant import RoundFpQuant
-from qcompile.transforms.linear import Hadamard, Permute, Scale
+from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
 from qcompile.transforms.norm import RmsNorm
 from qcompile.transforms.round_float import RoundFloat, RoundMx, RoundNvfp4
@@ -43,6 +43,10 @@ def _problem(each: Transform, codes: bool, at: int, k: int) -> str:
                 if _power(each.size, k) and k % each.size == 0
                 else f"a Hadamard matrix of {each.size} over {k} inputs"
             )
+        case Rotate():
+            rows = (1 << (k - 1).bit_length()) // each.size if _power(each.size, k) else 0
+            fits = k % each.size == 0 and 16 <= each.size <= 32 and rows >= 16
+            return "" if fits else f"a rotation of blocks of {each.size} of {k} inputs"
         case Scale() | RmsNorm() | RoundTo() | RoundFpQuant():
             return ""
         case RoundInt() | RoundFloat():

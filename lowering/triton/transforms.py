@@ -18,7 +18,7 @@ from qcompile.target import Target
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
 from qcompile.transforms.fp_quant import GROUP, RoundFpQuant
-from qcompile.transforms.linear import Hadamard, Permute, Scale
+from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
 from qcompile.transforms.norm import RmsNorm
 from qcompile.transforms.round_float import RoundFloat, RoundMx, RoundNvfp4
@@ -147,6 +147,11 @@ class Row:
                 for i in range(each.size.bit_length() - 1):
                     self.set(f"butterfly({self.value}, {self.block}, {1 << i})")
                 self.set(f"{self.value} * {float(each.size**-0.5)!r}")
+            case Rotate():
+                a, b = f"tl.arange(0, {each.size})[:, None]", f"tl.arange(0, {each.size})[None, :]"
+                turned = self.let(f"tl.load({tensors[0]} + {a} + {b} * {each.size}).to(tl.float32)")
+                blocks = self._grouped(self.value, each.size)
+                self._flat(f"tl.dot({blocks}, {turned}, input_precision='ieee')", each.size)
             case RoundInt() | RoundFloat():
                 self._round(each, tensors)
             case RoundMx():

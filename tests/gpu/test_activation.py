@@ -15,7 +15,7 @@ from qcompile.target import target
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
 from qcompile.transforms.fp_quant import RoundFpQuant
-from qcompile.transforms.linear import Hadamard, Permute, Scale
+from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
 from qcompile.transforms.norm import RmsNorm
 from qcompile.transforms.round_float import RoundFloat, RoundMx, RoundNvfp4
@@ -129,6 +129,17 @@ def test_rows_are_those_of_the_transforms(transforms: tuple[Transform, ...]) -> 
     expected = applied(transforms, x, held)
     close = 1e-6 if isinstance(transforms[0], RmsNorm | Hadamard) else 0
     torch.testing.assert_close(y, expected, rtol=close, atol=close)
+
+
+def test_blocks_are_rotated() -> None:
+    transforms, k = (Rotate(16), RoundFpQuant("mxfp4", "abs_max", True)), 256
+    x, held, made = rows(2, k), tensors(transforms, k), params(transforms, k, "f32")
+    held[0] = (
+        torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(4)))[0].bfloat16().contiguous()
+    )
+    y = torch.zeros(2, k)
+    run(activation.emit(made, TARGET), [x, *held, y], [2])
+    torch.testing.assert_close(y, applied(transforms, x, held), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
