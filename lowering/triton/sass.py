@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -16,9 +17,7 @@ from pathlib import Path
 
 from qcompile.errors import ToolchainError
 
-_LINE = re.compile(
-    r"(?:(?P<label>\.L\w+):)|(?:/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(?P<op>[A-Z][\w.]*)(?P<rest>[^;]*);)"
-)
+_LINE = re.compile(r"/\*(?P<at>[0-9a-f]+)\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(?P<op>[A-Z][\w.]*)(?P<rest>[^;]*);")
 # 64x16x16 is m64 n16 k16, which four warps share; 16816 is m16 n8 k16, which one warp does.
 _TENSOR = re.compile(r"[A-Z]*MMA\.(?:(?:SP\.)?(?:(\d+)x(\d+)x(\d+)|16(8)(\d+)))")
 _WIDTH = re.compile(r"\.(?:(128|64)|[US](16|8))\b")
@@ -87,19 +86,53 @@ class Profile:
 
 def profile(cubin: bytes) -> Profile:
     """What is in a cubin with one kernel; ToolchainError when it cannot be disassembled."""
-    return parse(disassembly(cubin))
+    return profiles([cubin])[0]
 
 
-def disassembly(cubin: bytes) -> str:
-    """The machine code of a cubin as text."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def profiles(cubins: Sequence[bytes]) -> list[Profile]:
+    """The profile of each cubin; all are of one capability.
+
+    The disassembler takes half a second to start, so it is started once, with the code of all kernels in a row.
+    """
+    if not cubins:
+        return []
+    codes = [_code(cubin) for cubin in cubins]
+    text, first, found = disassembly(b"".join(codes), _processor(cubins[0])), 0, []
+    lines = [(int(match["at"], 16), match) for match in _LINE.finditer(text)]
+    for code in codes:
+        found.append(_parsed((at, match) for at, match in lines if first <= at < first + len(code)))
+        first += len(code)
+    return found
+
+
+def disassembly(code: bytes, processor: str) -> str:
+    """Machine code as text."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(code)
         file.flush()
         try:
-            command = [str(_tool("nvdisasm")), "-c", file.name]
+            command = [str(_tool("nvdisasm")), "-ndf", "-b", processor, file.name]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
             raise ToolchainError("machine code cannot be disassembled", found=error) from error
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions of the kernel in a cubin, which is an ELF file of 64 bits."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + at * size) for at in range(count)]
+    for name, _, _, _, offset, length in sections:
+        start = sections[names][4] + name
+        if cubin[start : start + 6] == b".text.":
+            return cubin[offset : offset + length]
+    raise ToolchainError("a cubin holds no kernel")
+
+
+def _processor(cubin: bytes) -> str:
+    """The processor that a cubin is for, as the disassembler calls it."""
+    (flags,) = struct.unpack_from("<I", cubin, 0x30)
+    capability = flags & 0xFF if cubin[8] < 8 else flags >> 8 & 0xFF  # by the version of the file's ABI
+    return f"SM{capability}{'a' if capability >= 90 else ''}"
 
 
 def _tool(name: str) -> Path:
@@ -113,22 +146,24 @@ def _tool(name: str) -> Path:
 def parse(text: str) -> Profile:
     """The profile of a disassembled kernel.
 
-    >>> found = parse("/*0000*/ S2R R0, SR_TID.X ;\\n.L_x_0:\\n/*0010*/ LDG.E.128 R4, desc[UR4][R2.64] ;\\n"
-    ...               "/*0020*/ HMMA.16816.F32.BF16 R4, R8, R12, R4 ;\\n/*0030*/ @!P0 BRA `(.L_x_0) ;\\n/*0040*/ EXIT ;")
+    >>> found = parse("/*0000*/ S2R R0, SR_TID.X ; /*0010*/ LDG.E.128 R4, desc[UR4][R2.64] ; "
+    ...               "/*0020*/ HMMA.16816.F32.BF16 R4, R8, R12, R4 ; /*0030*/ @!P0 BRA 0x10 ; /*0040*/ EXIT ;")
     >>> found.code.instructions, found.main.instructions, found.main.loads, found.per_weight(rows=8)
     (5, 3, Counter({128: 1}), 0.375)
     """
+    return _parsed((int(match["at"], 16), match) for match in _LINE.finditer(text))
+
+
+def _parsed(lines: Iterable[tuple[int, re.Match[str]]]) -> Profile:
     operations: list[str] = []
-    labels: dict[str, int] = {}
+    places: dict[int, int] = {}
     back: list[tuple[int, int]] = []
-    for match in _LINE.finditer(text):
-        if match["label"]:
-            labels[match["label"]] = len(operations)
-            continue
+    for at, match in lines:
+        places[at] = len(operations)
         operations.append(match["op"])
-        aim = re.search(r"`\((\.L\w+)\)", match["rest"]) if match["op"].startswith("BRA") else None
-        if aim is not None and aim[1] in labels:
-            back.append((labels[aim[1]], len(operations)))
+        aim = re.search(r"\b0x([0-9a-f]+)", match["rest"]) if match["op"].startswith("BRA") else None
+        if aim is not None and int(aim[1], 16) in places:
+            back.append((places[int(aim[1], 16)], len(operations)))
     return Profile(Code(tuple(operations)), tuple(_innermost(operations, back)))
 
 

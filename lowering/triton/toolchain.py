@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,7 +109,7 @@ def compile_sources(
         for _ in range(count):
             idle.put(workers.enter_context(_Worker()))
         try:
-            made = dict(zip(different, threads.map(compiled, different), strict=True))
+            made = _read(different, list(threads.map(compiled, different)), target)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
@@ -128,15 +128,25 @@ def _built(source: Source, target: Target, answer: dict[str, Any]) -> Built:
     if answer["shared"] > most:
         _fail("a kernel needs more shared memory than a block has", source,
               f"{answer['shared']} bytes, expected at most {most} on {target.name}")  # fmt: skip
-    content = base64.b64decode(answer["object"])
-    # Reading machine code takes half a second: only where a loop is worth looking at.
-    read = not target.portable and "tl.dot(" in source.text
-    main = sass.profile(content).main if read else None
     launch = Launch(
-        source.grid, answer["warps"], answer["shared"], scratch, source.stages, answer["registers"], answer["spills"],
-        main.instructions if main else 0, main.products if main else 0.0,
-    )  # fmt: skip
-    return Built(source.text, content, source.entry, launch)
+        source.grid, answer["warps"], answer["shared"], scratch, source.stages, answer["registers"], answer["spills"]
+    )
+    return Built(source.text, base64.b64decode(answer["object"]), source.entry, launch)
+
+
+def _read(sources: Sequence[Source], made: Sequence[Built], target: Target) -> dict[Source, Built]:
+    """The kernels with what their main loops do, where there is machine code and a loop worth looking at."""
+    read = [built for built in made if not target.portable and "tl.dot(" in built.source]
+    found = dict(zip(map(id, read), sass.profiles([built.object for built in read]), strict=True))
+
+    def told(built: Built) -> Built:
+        assert built.launch is not None
+        if id(built) not in found:
+            return built
+        main = found[id(built)].main
+        return replace(built, launch=replace(built.launch, loop=main.instructions, products=main.products))
+
+    return {source: told(built) for source, built in zip(sources, made, strict=True)}
 
 
 class _Worker:

@@ -7,29 +7,24 @@ import pytest
 from qcompile.lowering.triton.sass import parse
 
 LISTING = """
-.text.kernel:
         /*0000*/                   S2R R0, SR_TID.X ;
-.L_x_0:
         /*0010*/                   LDG.E.64 R2, desc[UR4][R2.64] ;
-.L_x_1:
         /*0020*/              @!P1 LDGSTS.E.BYPASS.LTC128B.128 [R8], desc[UR12][R12.64] ;
         /*0030*/                   LDSM.16.M88.4 R4, [R4] ;
         /*0040*/                   LDS.U16 R5, [R4] ;
         /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
-        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/               @P0 BRA 0x20 ;
         /*0070*/                   STL [R1], R4 ;
-        /*0080*/              @!P0 BRA `(.L_x_0) ;
-.L_x_2:
+        /*0080*/              @!P0 BRA 0x10 ;
         /*0090*/                   LDG.E.U8.CONSTANT R2, desc[UR4][R2.64] ;
         /*00a0*/                   FFMA R4, R4, R4, R4 ;
         /*00b0*/                   FFMA R4, R4, R4, R4 ;
         /*00c0*/                   FFMA R4, R4, R4, R4 ;
         /*00d0*/                   FFMA R4, R4, R4, R4 ;
         /*00e0*/                   FFMA R4, R4, R4, R4 ;
-        /*00f0*/              @!P0 BRA `(.L_x_2) ;
+        /*00f0*/              @!P0 BRA 0x90 ;
         /*0100*/                   EXIT ;
-.L_x_3:
-        /*0110*/                   BRA `(.L_x_3);
+        /*0110*/                   BRA 0x110;
         /*0120*/                   NOP;
 """
 
