@@ -22,8 +22,8 @@ qc = torch.ops.qcompile
 
 @dataclass(frozen=True)
 class Decompose(Pass):
-    """A linear takes in as many transforms of its input as the backend has kernels for; every other `qcompile.transform`
-    is replaced by its own eager implementation, traced.
+    """A linear takes in as many transforms of its input as the backend has kernels for. Every other `qcompile.transform`, but
+    for those that the backend computes by themselves, is replaced by its own eager implementation, traced.
     """
 
     name: ClassVar[str] = "decompose"
@@ -31,9 +31,11 @@ class Decompose(Pass):
     def run(self, program: Program, ctx: Context) -> int:
         count = sum(self._take_in(linear, ctx) for linear in linears(program))
         for node in program.graph.graph.find_nodes(op="call_function", target=qc.transform.default):
+            x, stored, text = node.args
+            if ctx.backend.transform(transform_from_json(json.loads(text))):
+                continue
             if not ctx.take():
                 break
-            x, stored, text = node.args
             traced = self._trace(program, value(x), [value(t) for t in stored], text)
             self._inline(node, traced, [x, *stored])
             count += 1

@@ -15,6 +15,7 @@ from qcompile.formats.native import Native, native_for
 from qcompile.row_transforms import problem
 from qcompile.target import Target
 from qcompile.transform import Transform
+from qcompile.transforms.sparse import Sparse
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Backend(Protocol):
 
         "": there is no such kernel for any, so that nobody need be told.
         """
+        ...
+
+    def transform(self, transform: Transform) -> bool:
+        """Whether a kernel computes a transform that is no part of a linear; else it is taken apart into operators."""
         ...
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
@@ -87,6 +92,9 @@ class ReferenceBackend:
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         return ""
 
+    def transform(self, transform: Transform) -> bool:
+        return False
+
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         return Layout(packed)
 
@@ -119,6 +127,9 @@ class CpuBackend:
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         return ""
+
+    def transform(self, transform: Transform) -> bool:
+        return False
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         found = lanes_for(packed)
@@ -160,6 +171,9 @@ class CudaBackend:
 
     def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
         return problem(transforms, k, codes=True) or None
+
+    def transform(self, transform: Transform) -> bool:
+        return isinstance(transform, Sparse)
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         native = native_for(packed, before)

@@ -17,6 +17,7 @@ RULES: dict[str, str] = {
     "qcompile.experts.default": "experts:lower_experts",
     "qcompile.linear.default": "linear_rule:lower_linear",
     "qcompile.rope.default": "attention:lower_rope",
+    "qcompile.transform.default": "sparse:lower_transform",
 }
 """What is not among the lines that all backends share."""
 

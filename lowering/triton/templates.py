@@ -43,6 +43,7 @@ TEMPLATES: dict[str, str] = {
     "reduce": "reduce",
     "rope": "rope",
     "row-norm": "norm",
+    "sparse": "sparse",
     "topk": "topk",
 }
 
