@@ -92,8 +92,12 @@ def check(
     formats: Sequence[gpu_formats.Case],
     models: Sequence[str],
     shape: dict[str, Any] = gpu_models.SMOLLM2,
+    tokens: tuple[int, int] = (9, 8),
 ) -> Failures:
-    """Compares kernels with float64: `layers` (kind, N, K) with `rows` rows, `formats`, and `models` of a shape by kind."""
+    """Compares kernels with float64: `layers` (kind, N, K) and `formats` with `rows` rows, and `models` of a shape by kind.
+
+    A model reads and generates `tokens`.
+    """
     found = Failures()
     for kind, n, k in layers:
 
@@ -106,14 +110,14 @@ def check(
     for case in formats:
 
         def of_format(case: gpu_formats.Case = case) -> Iterable[tuple[str, float, float, bool]]:
-            for what, error, bound in gpu_formats.check_formats([case], target, open_session):
+            for what, error, bound in gpu_formats.check_formats([case], target, open_session, rows):
                 yield what, error, bound, error < bound
 
         found.attempt(f"{case[0].kind} {case[1]}x{case[2]}", of_format)
     for kind in models:
 
         def of_model(kind: str = kind) -> Iterable[tuple[str, float, float, bool]]:
-            for row in gpu_models.check_shaped(KINDS[kind], target, device, shape, prepare):
+            for row in gpu_models.check_shaped(KINDS[kind], target, device, shape, prepare, tokens):
                 yield row.what, row.error, row.bound, row.ok
 
         found.attempt(f"a model of {kind}", of_model)

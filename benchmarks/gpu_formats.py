@@ -13,7 +13,6 @@ from benchmarks.gpu_weights import compiled
 from qcompile.evaluate import dequantize
 from qcompile.format import Format, Packed
 
-ROWS = (1, 5, 40, 200)
 Case = tuple[Format, int, int]
 
 
@@ -31,7 +30,7 @@ def cases(every: bool) -> list[Case]:
 
 
 def check_formats(
-    which: Sequence[Case], target: str, open_session: Opened, rows: Sequence[int] = ROWS
+    which: Sequence[Case], target: str, open_session: Opened, rows: Sequence[int]
 ) -> Iterator[tuple[str, float, float]]:
     """(layer, greatest error over `rows`, the bound) for each case."""
     from format_cases import random_storage

@@ -84,16 +84,12 @@ Prepare = Callable[[CompiledModel], CompiledModel]
 
 
 def check_shaped(
-    kind: Kind,
-    target: str,
-    device: torch.device,
-    shape: dict[str, Any] = SMOLLM2,
-    prepare: Prepare = lambda model: model,
+    kind: Kind, target: str, device: torch.device, shape: dict[str, Any], prepare: Prepare, tokens: tuple[int, int]
 ) -> list[Found]:
-    """Prefill and cached decode of a model of SmolLM2's shape against float64, and the same tokens twice."""
+    """Prefill and cached decode of prompts [2, tokens[0]] against float64, and the same tokens[1] new ones twice."""
     compiled = prepare(packed(llama(shape, torch.bfloat16), kind, target))
     reference = exact(llama(shape, torch.bfloat16), kind, device)
-    ids = torch.randint(shape["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(shape["vocab_size"], (2, tokens[0]), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference(ids.to(device)).logits
     name = f"{kind.name}, {shape['num_hidden_layers']} layers"
@@ -104,7 +100,7 @@ def check_shaped(
         state = out.past_key_values
         steps.append(out.logits)
     found.append(Found(f"{name}, decode", distance(torch.cat(steps, 1).to(device), expected), BOUND))
-    first, second = (compiled.generate(ids, max_new_tokens=8, eos_token_id=[]) for _ in range(2))
+    first, second = (compiled.generate(ids, max_new_tokens=tokens[1], eos_token_id=[]) for _ in range(2))
     found.append(Found(f"{name}, tokens of two runs that differ", float((first != second).sum()), 0.5))
     return found
 

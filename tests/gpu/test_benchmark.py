@@ -1,0 +1,121 @@
+"""benchmarks/gpu.py: its checks on small shapes through the interpreter, its weights, and what it makes of times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from gpu.device import Interpreter
+
+from benchmarks import gpu, gpu_formats, gpu_layers, gpu_models, gpu_rivals
+from benchmarks.gpu_weights import KINDS
+from qcompile.evaluate import dequantize
+from qcompile.runtime.codes import one_code
+from qcompile.runtime.cuda_session import CudaSession
+from qcompile.runtime.model import CompiledModel
+from qcompile.target import INTERPRET
+
+CPU = torch.device("cpu")
+TINY = {
+    **gpu_models.SMOLLM2, "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+def open_session(model: CompiledModel) -> CudaSession:
+    executable, contents = model.artifact.executable, model.contents
+    assert executable is not None
+    kernels = one_code(contents.kernels, executable.kernels, INTERPRET)
+    device = Interpreter(executable.kernels)
+    return CudaSession(executable, contents.tensors, kernels, device, sizes=model.artifact.sizes, bounds=model.bounds)
+
+
+def prepare(model: CompiledModel) -> CompiledModel:
+    model.__dict__["session"] = open_session(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_weights_are_worth_what_their_format_says(kind):
+    weights = kind.random(24, 256)
+    packed = kind.packed(weights)
+    assert torch.equal(dequantize(packed.format, packed.tensors, 24, 256), kind.dense(weights))
+    assert kind.size(24, 256) == sum(tensor.nbytes for tensor in packed.tensors.values())
+
+
+def test_decoding_first_is_the_same_weight():
+    for kind in KINDS.values():
+        weights = kind.random(24, 256)
+        codes = weights.codes if kind.name in ("int8", "fp8") else gpu_rivals.pairs(weights.codes, 0)
+        made = gpu_rivals.decode(kind.name, codes, weights.scales)
+        assert (
+            torch.equal(made, kind.dense(weights).bfloat16()) or gpu_layers.distance(made, kind.dense(weights)) < 3e-3
+        )
+        x = torch.randn(3, 256).bfloat16()
+        y = gpu_rivals.cublas(kind.name, weights, CPU)(x)
+        assert gpu_layers.distance(y, x.double() @ kind.dense(weights).double().T) < gpu_layers.BOUND
+
+
+def test_the_checks_pass_in_the_interpreter_and_one_that_fails_is_said(capsys):
+    case = gpu_formats.cases(every=False)[0]
+    found = gpu.check(
+        INTERPRET.name, CPU, open_session, prepare, layers=[("nf4", 24, 64), ("no such", 1, 1)], rows=(1, 5),
+        formats=[case], models=["int8"], shape=TINY, tokens=(3, 2),
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert [row["what"] for row in found.rows if not row["ok"]] == ["no such 1x1"]
+    assert "nf4 24x64 M=5" in text and "FAIL no such 1x1: KeyError" in text
+    assert sum("int8, 1 layers" in row["what"] for row in found.rows) == 3
+
+
+def test_a_wrong_result_fails():
+    right = torch.randn(3, 8).double()
+    assert gpu_layers.distance(right.float(), right) < gpu_layers.BOUND
+    assert gpu_layers.distance(right.float() * 1.01, right) > gpu_layers.BOUND
+    assert gpu_layers.distance(torch.full((3, 8), torch.nan), right) == float("inf")
+
+
+def test_rows_of_the_table():
+    machine = gpu_layers.Machine("a GPU", 1e12, 1e14)
+    kind = KINDS["int4"]
+    times = [
+        gpu_layers.Timed("qcompile", 20.0), gpu_layers.Timed("cuBLAS bf16", 40.0),
+        gpu_layers.Timed("gemlite", error="ModuleNotFoundError: No module named 'gemlite'"),
+    ]  # fmt: skip
+    own, dense, absent = gpu_layers.table_row(machine, kind, 4096, 4096, 1, times)
+    assert own["times_bf16"] == 2.0 and dense["times_bf16"] == 1.0
+    assert own["share_of_limit"] == pytest.approx(own["limit_us"] / 20, abs=1e-3)
+    assert own["limit_us"] == pytest.approx((kind.size(4096, 4096) + 2 * 8192) / 1e6, abs=0.01)
+    assert machine.limit(kind, 4096, 4096, 2048) == pytest.approx(2 * 2048 * 4096**2 / 1e14 * 1e6)
+    assert "skipped: ModuleNotFoundError" in gpu.line(absent) and "2.00 x bf16" in gpu.line(own)
+
+
+def test_a_contender_that_is_not_installed_says_so():
+    gemlite = next(rival for rival in gpu_rivals.RIVALS if rival.name == "gptqmodel Marlin")
+    found = gpu_layers.rival(gemlite, KINDS["int4"], KINDS["int4"].random(64, 128), (1, 4), Interpreter({}))
+    assert {m: item.error.split(":")[0] for m, item in found.items()} == dict.fromkeys((1, 4), "ModuleNotFoundError")
+
+
+def test_a_kernel_is_timed_over_copies_of_its_weights():
+    model = gpu_layers.compiled(KINDS["nf4"].packed(KINDS["nf4"].random(16, 64)), INTERPRET.name)
+    device = Interpreter(model.artifact.executable.kernels)
+    sessions = [
+        CudaSession(
+            model.artifact.executable, model.contents.tensors,
+            one_code(model.contents.kernels, model.artifact.executable.kernels, INTERPRET), device,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    (name,) = (port.name for port in sessions[0].executable.inputs)
+    runs = [session.again({name: torch.randn(1, 64)}) for session in sessions]
+    assert gpu_layers.seconds(device, runs, least=0.0, rounds=1) > 0
+    assert len({pointers for _, pointers, _ in device.launches}) == 2 and device.replays > 2
+
+
+def test_options():
+    quick = gpu.options_of(["--quick", "--shapes", "64x128"])
+    assert quick.shapes == [(64, 128)] and quick.rows == gpu.QUICK_ROWS and quick.kinds == gpu.QUICK_KINDS
+    full = gpu.options_of([])
+    assert full.shapes == gpu_layers.SHAPES and list(full.kinds) == list(KINDS)
+    assert json.dumps(vars(full), default=str)
