@@ -71,6 +71,15 @@ class _Embedding(_Buffers):
         return qc.embedding(inputs[0], self.of("stored"), *self.what)
 
 
+class _Decoded(_Buffers):
+    def __init__(self, stored: Sequence[torch.Tensor], format: Format, n: int, k: int):
+        super().__init__(stored, [])
+        self.what = (json.dumps(format.to_json()), n, k)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return qc.dequantize(self.of("stored"), *self.what) + inputs[0]
+
+
 @functools.cache
 def built(template: str, params: str, target: Target) -> Built:
     spec = KernelSpec(template, json.loads(params))
@@ -125,6 +134,11 @@ def linear(
 
 def embedding(format: Format, n: int, k: int, tensors: Tensors, ids: torch.Tensor) -> Program:
     return program(_Embedding([tensors[s.name] for s in format.stored(n, k)], format, n, k), ids)
+
+
+def decoded(format: Format, n: int, k: int, tensors: Tensors) -> Program:
+    """W + x for a number x."""
+    return program(_Decoded([tensors[s.name] for s in format.stored(n, k)], format, n, k), torch.zeros(1))
 
 
 def experts(
