@@ -9,8 +9,9 @@ The weights of all experts lie one below the other in one packed weight. Few row
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from torch.fx import Node
@@ -20,7 +21,8 @@ from qcompile.experts import ExpertsSpec
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.base import Context, Refuse
 from qcompile.lowering.extents import outside
-from qcompile.lowering.triton.linear import Compute, Pointer, compute_dtype
+from qcompile.lowering.triton.experts_fragments import shape_of
+from qcompile.lowering.triton.linear import Compute, Pointer, Shape, compute_dtype
 from qcompile.lowering.triton.linear_params import problem_of
 from qcompile.lowering.triton.weights import Tables, Tile
 from qcompile.target import Target
@@ -59,9 +61,21 @@ class Params:
         """Of the whole weight."""
         return self.experts * self.n, self.k
 
+    @functools.cached_property
+    def linear(self) -> Shape | None:
+        """The linear that each expert is, where the weight is in fragment order."""
+        return shape_of(self.parsed, self.n, self.k, self.bias, self.compute)
+
     @property
     def tables(self) -> Tables:
-        return Tables.of([(self.parsed, *self.size)])
+        """Those that a format's expression reads."""
+        return Tables(()) if self.linear else Tables.of([(self.parsed, *self.size)])
+
+    @property
+    def about(self) -> str:
+        """The formula."""
+        bias = " + bias[expert[t], n]" if self.bias else ""
+        return f"y[t, n] = W[expert[t] * {self.n} + n] x[t]{bias}, W {list(self.size)} in {self.parsed}."
 
     @property
     def stored(self) -> list[Pointer]:
@@ -119,11 +133,11 @@ def weights(params: Params, block_n: int, block_k: int, target: Target, taken: s
 def lower_experts(node: Node, ctx: Context) -> None:
     """`qcompile.experts`, where its weight is in one format."""
     try:
-        kernel = _lower(node, ctx)
+        kernel, tier = _lower(node, ctx)
     except Refuse as refusal:
         _note(node, ctx, kernel=str(node.target), tier="aten", reason=str(refusal))
         raise
-    _note(node, ctx, kernel=kernel, tier="generic")
+    _note(node, ctx, kernel=kernel, tier=tier)
 
 
 def _note(node: Node, ctx: Context, **what: str) -> None:
@@ -133,8 +147,8 @@ def _note(node: Node, ctx: Context, **what: str) -> None:
         report.update_weight(path, **what)
 
 
-def _lower(node: Node, ctx: Context) -> str:
-    """Emits the calls; the kernel of few rows."""
+def _lower(node: Node, ctx: Context) -> tuple[str, str]:
+    """Emits the calls; the kernel of few rows and its tier."""
     x, expert, stored, bias, text = cast("tuple[Node, Node, list[Node], Node | None, str]", node.args)
     spec = ExpertsSpec.from_text(text)
     if ctx.dtype(node) != "f32":
@@ -147,15 +161,15 @@ def _lower(node: Node, ctx: Context) -> str:
     if problem := one.problem():
         raise Refuse(f"no text for {problem}")
     t = ctx.shape(x)[0]
-    biases = [] if bias is None else [ctx.contiguous(bias, "f32")]
+    biases = [] if bias is None else [ctx.as_float(bias)]
     ids, weight = ctx.contiguous(expert, "i64"), [ctx.view(item) for item in stored]
     args = [ctx.contiguous(x, "f32"), ids, ctx.output(node), *weight, *biases, *one.tables.views(ctx)]
-    gather = ctx.call(GATHER, vars(one), args, [t], [2])
+    gather = ctx.call(GATHER, asdict(one), args, [t], [2])
     order, ends = ctx.temp((t,), "i32"), ctx.temp((spec.experts,), "i32")
     put = ctx.call(ORDER, {"experts": spec.experts}, [ids, order, ends], [t], [1, 2])
 
     def grouped(rows: int) -> list[Call]:
-        params = vars(one) | {"rows": rows}
+        params = asdict(one) | {"rows": rows}
         return [put, ctx.call(GROUPED, params, [*args, order, ends], [t], [2])]
 
     few, many = BLOCKS
@@ -164,4 +178,4 @@ def _lower(node: Node, ctx: Context) -> str:
         ctx.emit(*([gather] if t <= bounds[0] else grouped(few if t <= bounds[1] else many)))
     else:
         ctx.variants([((t, bounds[0]), [gather]), ((t, bounds[1]), grouped(few)), (None, grouped(many))])
-    return ctx.steps[-1].variants[0].calls[-1].kernel
+    return ctx.steps[-1].variants[0].calls[-1].kernel, "lanes" if one.linear else "generic"

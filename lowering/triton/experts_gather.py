@@ -9,6 +9,7 @@ from qcompile.artifact import Extent
 from qcompile.lowering.extents import numbers
 from qcompile.lowering.triton import experts
 from qcompile.lowering.triton.elementary import functions
+from qcompile.lowering.triton.experts_fragments import Expert
 from qcompile.lowering.triton.linear import types
 from qcompile.lowering.triton.rope import pad
 from qcompile.lowering.triton.source import Source
@@ -28,6 +29,9 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
 def emit(params: dict[str, Any], target: Target) -> Source:
     """The kernel. Pointers: `Params.pointers`; d0 = T. An expert that does not exist gives a row of NaN."""
     p: Params = codec.decode(Params, params, TEMPLATE)
+    if p.linear:
+        about = f"{p.about}\n\nA program computes outputs of one row as a linear with its expert's weight; d0 = T."
+        return Expert(p.linear, 1, p.experts, target).gather(p.pointers, about)
     block_k = min(MOST_K, max(pad(p.k), 16))
     weights = experts.weights(p, BLOCK_N, block_k, target, {"row", "given", "acc", "result", "xs"})
     ragged = ", mask=k_in, other=0.0" if p.k % block_k else ""
@@ -47,10 +51,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         'result = tl.where(given == chosen, result, float("nan"))',
         f"tl.store(y + row * {p.n} + local, result, mask=local < {p.n})",
     ]
-    about = (
-        f"y[t, n] = W[expert[t] * {p.n} + n] x[t]{' + bias[expert[t], n]' * p.bias}, W [{p.size[0]}, {p.k}] in"
-        f" {p.parsed}.\n\nA program computes {BLOCK_N} outputs of one row, {block_k} inputs a step; d0 = T."
-    )
+    about = f"{p.about}\n\nA program computes {BLOCK_N} outputs of one row, {block_k} inputs a step; d0 = T."
     body = "\n".join(lines)
     text = module("experts_gather", about, [item.name for item in p.pointers], 1, body, target, functions(body))
     return Source(text, "experts_gather", types(p.pointers), 1, ("d0", -(-p.n // BLOCK_N), 1), fusion=False)

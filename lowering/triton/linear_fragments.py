@@ -13,7 +13,7 @@ from qcompile.formats.fragments import INPUTS, ROWS, Fragments
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.triton import prologue, schedule, split
-from qcompile.lowering.triton.fragment_text import FEW, Text, Way
+from qcompile.lowering.triton.fragment_text import FEW, MID, SKINNY, Text, Way
 from qcompile.lowering.triton.linear import Request, Shape
 from qcompile.lowering.triton.linear_params import LinearParams, problem_of
 from qcompile.lowering.triton.source import Source
@@ -26,18 +26,19 @@ def calls(request: Request, most: int | None) -> list[Call]:
     """The calls for x of at most `most` rows; Refuse for weights that are not all in fragment order."""
     shape = request.shape
     for format, n in zip(shape.parse(), shape.rows, strict=True):
-        if problem := _problem(format, n, shape):
+        if problem := refusal(format, n, shape):
             raise Refuse(problem)
     before: list[Call] = []
     if request.spec.before or most is None or most > FEW:
-        before, request = prologue.normalised(request)
+        # Every program of a column of tiles reads the same x: beyond a few rows it is rounded once.
+        before, request = prologue.normalised(request, always=most is None or most > SKINNY)
     bucket = most or schedule.OPEN
     split_k = schedule.split(shape.n_out, shape.k, bucket)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
     return [*before, request.call(TEMPLATE, scratch, most=bucket, split_k=split_k)]
 
 
-def _problem(format: object, n: int, shape: Shape) -> str:
+def refusal(format: object, n: int, shape: Shape) -> str:
     """Why there is no text for a part; empty when there is."""
     if not isinstance(format, Fragments):
         return f"a weight of format '{getattr(format, 'kind', format)}' is not in the order of tensor cores"
@@ -68,7 +69,7 @@ class Params(LinearParams):
             )
             or super().problem()
             or next(
-                (text for f, n in zip(self.parts, self.rows, strict=True) if (text := _problem(f, n, self.shape))), ""
+                (text for f, n in zip(self.parts, self.rows, strict=True) if (text := refusal(f, n, self.shape))), ""
             )
         )
 
@@ -81,4 +82,7 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
 
 def emit(params: dict[str, Any], target: Target) -> Source:
     """Pointers: those of `linear`, the scratch of `split`. Dims: M."""
-    return Text(Shape.of(params), params["most"], params["split_k"], target).source()
+    most = params["most"]
+    if target.portable:  # the fallback: two buckets of rows are less to compile
+        most = FEW if most <= FEW else MID
+    return Text(Shape.of(params), most, params["split_k"], target).source()

@@ -8,8 +8,9 @@ from gpu.triton_lowered import Interpreted
 from linear_programs import experts
 from tiny_programs import run
 
-from qcompile.format import Format
+from qcompile.format import Format, Packed
 from qcompile.formats.dense import Dense
+from qcompile.formats.fragments import fragments_for
 from qcompile.formats.lanes import Lanes, pack_lanes
 from qcompile.formats.minifloat import E2M1
 from qcompile.program import Program
@@ -25,6 +26,18 @@ def stored(format: Format) -> dict[str, torch.Tensor]:
     n, groups = EXPERTS * N, K // format.group
     codes = torch.randint(1 << format.bits, (n, K))
     return pack_lanes(format, codes, torch.rand(n, groups) + 0.5, torch.randint(16, (n, groups)) + 0.0)
+
+
+def in_fragments(form: Lanes, n: int) -> tuple[Format, dict[str, torch.Tensor]]:
+    """A weight of that form for `EXPERTS` times n outputs, in the order of tensor cores."""
+    codes = torch.randint(1 << form.bits, (EXPERTS * n, K))
+    groups = K // form.group
+    tensors = pack_lanes(
+        form, codes, torch.rand(len(codes), groups) + 0.5, torch.randint(16, (len(codes), groups)) + 0.0
+    )
+    made = fragments_for(Packed(form, tensors, EXPERTS * n, K))
+    assert isinstance(made, tuple)
+    return made[0].format, made[0].tensors
 
 
 def difference(made: Program, given: list[torch.Tensor]) -> float:
@@ -46,10 +59,26 @@ def test_every_number_of_rows(format: str) -> None:
         assert difference(made, [torch.randn(rows, K), expert]) < limit
 
 
+@pytest.mark.parametrize("format", ["table", "affine"])
+def test_weights_in_the_order_of_tensor_cores(format: str) -> None:
+    """Whole blocks of 16 outputs are computed as a linear's; others by the format's expression."""
+    torch.manual_seed(0)
+    for n, tier in ((48, "lanes"), (20, "generic")):
+        made, _ = experts(*in_fragments(FORMATS[format], n), EXPERTS, n, K, 9, bias=True, dynamic=True)
+        made.model_config["torch_dtype"] = "float16"
+        for rows in (3, 33):
+            given = [torch.randn(rows, K), torch.randint(EXPERTS, (rows,))]
+            assert difference(made, given) < 2e-3, (tier, rows)
+
+
 def test_an_expert_that_does_not_exist_shows() -> None:
     torch.manual_seed(0)
-    made, _ = experts(FORMATS["table"], stored(FORMATS["table"]), EXPERTS, N, K, 9, dynamic=True)
-    for rows in (7, 33):
+    rows_of = stored(FORMATS["table"])
+    for made, rows in [
+        (experts(form, tensors, EXPERTS, n, K, 9, dynamic=True)[0], rows)
+        for form, tensors, n in ((FORMATS["table"], rows_of, N), (*in_fragments(FORMATS["table"], 16), 16))
+        for rows in (7, 33)
+    ]:
         x, expert = torch.randn(rows, K), torch.randint(EXPERTS, (rows,))
         wrong = expert.clone()
         wrong[2], wrong[4] = 2**40, -1
