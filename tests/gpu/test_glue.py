@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,11 +56,13 @@ def test_unary(name: str) -> None:
     agrees(UNARY[name], x)
 
 
-@pytest.mark.parametrize("name", BINARY)
-def test_binary_with_broadcasting(name: str) -> None:
-    for shapes in (((3, 7, 33), (33,)), ((5, 1, 6), (4, 1)), ((), (19,))):
-        x, y = (values(*shape, seed=i) for i, shape in enumerate(shapes))
-        agrees(BINARY[name], x, y)
+SHAPES = [((3, 7, 33), (33,)), ((5, 1, 6), (4, 1)), ((), (19,))]
+
+
+@pytest.mark.parametrize(("name", "shapes"), zip(BINARY, itertools.cycle(SHAPES), strict=False))
+def test_binary_with_broadcasting(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    x, y = (values(*shape, seed=i) for i, shape in enumerate(shapes))
+    agrees(BINARY[name], x, y)
 
 
 def test_powers_as_c_has_them() -> None:
@@ -70,7 +73,8 @@ def test_powers_as_c_has_them() -> None:
 @pytest.mark.parametrize("source", ["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"])
 def test_conversion(source: str) -> None:
     x = (values(3, 19).abs() * 9).to(DTYPES[source]).t()
-    for dtype in ("f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"):
+    every = ("f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool")
+    for dtype in every if source in ("f32", "i32") else ("f32", "i8", "bool"):
         agrees(lambda x, dtype=dtype: x.to(DTYPES[dtype], copy=True), x, rtol=0, atol=0)
 
 
@@ -264,8 +268,13 @@ POINTWISE = {
     "starts": [False, True, False, False, False],
     "ops": [["where", "f32", [2, 0, 1]], ["gelu", "f32", [3]], ["to", "i64", [4]]],
 }  # fmt: skip
+SILU = {
+    "dims": 2, "inputs": [["f32", "unit"]], "outputs": [["f32", "unit", 1]], "columns": 256, "multiple": 4, "rows": [4, 4],
+    "starts": [False, False], "ops": [["silu", "f32", [0]]],
+}  # fmt: skip
 TILE = {"columns": 64, "whole": True, "multiple": 4}
 SPECS = [
+    KernelSpec("pointwise", SILU),
     KernelSpec("pointwise", POINTWISE),
     KernelSpec("reduce", {"op": "amax", "x": "bf16", "y": "f32", **TILE}),
     KernelSpec("row-norm", {"op": "layer_norm", "x": "f32", "y": "f16", "weight": "bf16", "eps": 1e-5, **TILE}),
@@ -277,19 +286,11 @@ SPECS = [
 
 @pytest.mark.parametrize("name", ["cuda:sm_80", "cuda:sm_90"])
 def test_compiles(name: str) -> None:
+    """Without spills; rows whose places are known multiples of 4 are moved 16 bytes at once."""
     place = target(name)
     made = toolchain.compile_sources([templates.emit(spec, place) for spec in SPECS], place)
     assert all(built.object and built.launch is not None and not built.launch.spills for built in made)
-
-
-def test_a_copy_moves_16_bytes_at_once() -> None:
-    place, rows = (
-        target("cuda:sm_90"),
-        {"dims": 2, "columns": 256, "multiple": 4, "rows": [4, 4], "starts": [False, False]},
-    )
-    params = rows | {"inputs": [["f32", "unit"]], "outputs": [["f32", "unit", 1]], "ops": [["silu", "f32", [0]]]}
-    (built,) = toolchain.compile_sources([templates.emit(KernelSpec("pointwise", params), place)], place)
-    found = profile(built.object).code
+    found = profile(made[0].object).code
     assert set(found.loads) == {128} and found.counts()["STG"] == found.loads[128]
 
 
