@@ -38,7 +38,7 @@ def calls(request: Request, most: int | None) -> list[Call]:
     few = most is not None and most <= FEW
     before: list[Call] = []
     if request.spec.before or not few:
-        before, request = prologue.normalised(request, "f32" if few else None)
+        before, request = prologue.normalised(request, "f32" if few else None, most=most)
     bucket = schedule.OPEN if most is None or most > MIDDLE else most
     split_k = schedule.split(request.shape.n_out, request.spec.k, bucket)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
@@ -187,9 +187,11 @@ class _Text:
         if self.few and self.shape.prologue is not None:
             lines += prologue.statistics(self.shape.prologue, self.shape.k, bm)
         lines += [f"{name} = tl.zeros([{bn}, {bk if self.few else bm}], tl.float32)" for name in self._sums(sums)]
-        lines += once
-        body = [*head, *step, *product]
-        lines += [self._loop(), *(f"    {line}" for line in body)] if self.looped else body
+        body = [*step, *product]
+        if self.looped:
+            lines += [*once, self._loop(), *(f"    {line}" for line in (*head, *body))]
+        else:
+            lines += [*head, *once, *body]
         if self.few:
             lines += [self._rows_together(name) for name in sums]
         ending = finish(self.shape, section, sums, ragged=ragged)

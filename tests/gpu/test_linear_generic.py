@@ -23,6 +23,7 @@ from qcompile.format import Format
 from qcompile.formats.awq import Awq
 from qcompile.formats.bitsandbytes import Bnb4
 from qcompile.formats.bitstream import Bitstream
+from qcompile.formats.codebook import Vptq
 from qcompile.formats.dense import Dense
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.integer import Int8
@@ -60,14 +61,14 @@ def decoder(format: Format, N: int, K: int) -> Source:
     tile = Tile(format, (N, K), step, n_in="n_in")
     render, value = tile.renderer(INTERPRET, stored, tables, {"n", "j", "k0", *(p.name for p in pointers)})
     start = "k0 + " if tile.looped else ""
-    body = [
-        f"k_in = {start}j < {K}", *render.lines,
+    k_in, body = f"k_in = {start}j < {K}", [
+        *render.lines,
         f"tl.store(y + n * {K} + ({start}j), tl.broadcast_to({value}, [{block}, {step}]), mask=n_in & k_in)",
     ]  # fmt: skip
-    loop = [f"for k0 in range(0, {K}, {step}):", *(f"    {line}" for line in body)] if tile.looped else body
+    loop = [f"for k0 in range(0, {K}, {step}):", f"    {k_in}", *(f"    {line}" for line in body)]
     lines = [
         f"n = tl.arange(0, {block})[:, None]", f"n_in = n < {N}", f"j = tl.arange(0, {step})[None, :]",
-        *render.once, *loop,
+        *([*render.once, *loop] if tile.looped else [k_in, *render.once, *body]),
     ]  # fmt: skip
     whole = "\n".join(lines)
     names = [pointer.name for pointer in pointers]
@@ -104,6 +105,12 @@ def weights(*parts: tuple[Format, int], k: int) -> list[tuple[Format, int, dict[
 def test_few_rows_are_exact(m: int) -> None:
     made, inputs = linear(weights((FOUR, 21), k=80), 80, m)
     assert close(made, inputs, 1e-6).kernels == ["linear-generic"]
+
+
+def test_a_step_longer_than_k() -> None:
+    format = Vptq(8, 512, 64, 2, 6, 4, 2**16)
+    made, inputs = linear(weights((format, 11), k=30), 30, 2)
+    close(made, inputs, 1e-6)
 
 
 @pytest.mark.parametrize("m", [5, 17, pytest.param(20, marks=pytest.mark.full)])
