@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
+from qcompile.transforms.four_over_six import RoundFourOverSix
 from qcompile.transforms.fp_quant import RoundFpQuant
 from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
@@ -24,13 +25,29 @@ def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> 
     """
     if k > LONGEST:
         return f"rows of {k} inputs are longer than {LONGEST}"
+    early = next((each for each in transforms[:-1] if reads_all_rows(each)), None)
+    if early is not None:
+        return f"'{early.kind}', which depends on all rows of a call, in front of another transform"
     last = len(transforms) - 1
     problems = (_problem(each, codes and at == last, at, k) for at, each in enumerate(transforms))
     return next(filter(None, problems), "")
 
 
+def reads_all_rows(each: Transform) -> bool:
+    """Whether what becomes of a row depends on the others of the call: on which columns hold outliers, or on the largest |x|."""
+    match each:
+        case LlmInt8():
+            return each.threshold > 0
+        case RoundInt() | RoundFloat():
+            return each.per == "tensor" and not each.scale
+        case RoundNvfp4():
+            return not each.stored_scale
+        case RoundFourOverSix():
+            return True
+    return False
+
+
 def _problem(each: Transform, codes: bool, at: int, k: int) -> str:
-    whole = f"'{each.kind}' with one scale for all rows of a call"
     numbers = [value for value in vars(each).values() if isinstance(value, float)]
     if not all(map(math.isfinite, numbers)):
         return f"'{each.kind}' with a number that is not finite"
@@ -50,8 +67,9 @@ def _problem(each: Transform, codes: bool, at: int, k: int) -> str:
         case Scale() | RmsNorm() | RoundTo() | RoundFpQuant():
             return ""
         case RoundInt() | RoundFloat():
-            if each.per not in ("token", "group") and not each.scale:
-                return whole
+            zero = isinstance(each, RoundInt) and not each.symmetric
+            if each.per not in ("token", "group", "tensor") or (reads_all_rows(each) and zero):
+                return f"'{each.kind}' per {each.per}"
             if each.heads or (each.per == "group" and not each.scale and not _power(each.size, k)):
                 return f"'{each.kind}' per {each.per} of {each.size}"
             large = isinstance(each, RoundInt) and max(abs(each.low), abs(each.high)) > 1 << 15
@@ -59,9 +77,9 @@ def _problem(each: Transform, codes: bool, at: int, k: int) -> str:
         case RoundMx():
             return "" if _power(each.size, k) else f"groups of {each.size}"
         case RoundNvfp4():
-            return (whole if not each.stored_scale else "") or (
-                "" if _power(each.size, k) else f"groups of {each.size}"
-            )
+            return "" if _power(each.size, k) else f"groups of {each.size}"
+        case RoundFourOverSix():
+            return "" if _power(16, k) else f"rows of {k} inputs"
         case LlmInt8():
             return "" if codes else "columns with outliers, behind which no codes are wanted"
     return f"'{each.kind}' has no text"

@@ -2,8 +2,9 @@
 
 One program makes one row; it holds it in its registers. The result is rows of codes with their scales, or of floats. Where
 columns with outliers stay floats (LLM.int8), those are a second result: their numbers, and zeros in all other columns.
-Which columns these are depends on all rows: with few rows each program looks at all of them, else the template
-"outlier-columns" has looked before.
+
+Which columns these are depends on all rows, as the largest |x| of a call does, where there is one scale for all. With few
+rows each program looks at all of them; else other kernels have looked before, "outlier-columns" or this one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qcompile.lowering.triton.linear_params import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
 from qcompile.lowering.triton.transforms import ELEMENTS, Row, helpers
-from qcompile.row_transforms import LONGEST, problem
+from qcompile.row_transforms import LONGEST, problem, reads_all_rows
 from qcompile.target import Target
 from qcompile.transform import Transform, transform_from_json
 from qcompile.transforms.linear import Permute
@@ -36,8 +37,9 @@ Out = Literal["codes", "f32", "bf16", "f16"]
 class Params:
     """`transforms` (JSON) of rows of `k` inputs behind the norm `prologue`; "codes" or floats come `out`.
 
-    Rows of codes are filled with zeros to `padded` of them. `outliers` says who finds the columns of LLM.int8: "self", the
-    program itself, or "given", another kernel; "none" where the last transform is no such. They stay of dtype `rest`.
+    Rows of codes are filled with zeros to `padded` of them. `whole` says who looks at all rows, where the last transform depends
+    on them: "self", each program, or "given", another kernel. Outliers stay floats of dtype `rest`. `most`: the largest |y| of
+    each row is a result too.
     """
 
     k: int
@@ -45,12 +47,25 @@ class Params:
     prologue: Norm | None
     transforms: tuple[dict[str, Any], ...]
     out: Out
-    outliers: Literal["none", "self", "given"] = "none"
+    whole: Literal["none", "self", "given"] = "none"
     rest: Literal["bf16", "f16"] = "bf16"
+    most: bool = False
 
     @functools.cached_property
     def steps(self) -> tuple[Transform, ...]:
         return tuple(transform_from_json(data) for data in self.transforms)
+
+    @property
+    def outliers(self) -> bool:
+        """Whether columns with outliers stay floats."""
+        return bool(self.steps) and isinstance(self.steps[-1], LlmInt8) and self.whole != "none"
+
+    @property
+    def given(self) -> list[tuple[str, str]]:
+        """The name and dtype of what another kernel has found in all rows."""
+        if self.whole != "given":
+            return []
+        return [("columns", "u8")] if self.outliers else [("row_most", "f32")]
 
     @property
     def groups(self) -> int:
@@ -60,15 +75,15 @@ class Params:
         return -(-self.k // found[1]) if found[1] else 1
 
     def problem(self) -> str:
-        last = self.steps[-1] if self.steps else None
-        is_llm = isinstance(last, LlmInt8) and last.threshold > 0
+        whole = bool(self.steps) and reads_all_rows(self.steps[-1])
         found = native_codes(self.steps) if self.out == "codes" else ""
         return outside(
             self,
             k=1 <= self.k <= LONGEST,
             padded=self.k <= self.padded < self.k + 128 and (self.out == "codes" or self.padded == self.k),
-            outliers=is_llm == (self.outliers != "none") and (self.out == "codes" or not is_llm),
+            whole=whole == (self.whole != "none"),
             out=not (isinstance(found, str) and found),
+            most=not self.most or self.out == "f32",
         ) or problem(self.steps, self.k, codes=self.out == "codes")
 
 
@@ -77,14 +92,14 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
     out = [Extent("f32", m * params.k), *Norm.extents(params.prologue, params.k)]
     for each in params.steps:
         out += [Extent(stored.dtype, _count(stored.shape)) for stored in each.stored(params.k)]
-    if params.outliers == "given":
-        out.append(Extent("u8", params.padded))
+    out += [Extent(dtype, params.padded if dtype == "u8" else m) for _, dtype in params.given]
     out.append(Extent(_element(params), m * params.padded, True))
     if params.out == "codes":
         out.append(Extent("f32", m * params.groups, True))
-    if params.outliers != "none":
+    if params.outliers:
         out.append(Extent(params.rest, m * params.padded, True))
-    return [*out, Extent("u8", params.padded, True)] if params.outliers == "self" else out
+        out += [Extent("u8", params.padded, True)] * (params.whole == "self")
+    return [*out, Extent("f32", m, True)] if params.most else out
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -102,9 +117,9 @@ def _element(params: Params) -> str:
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
-    """Args: x f32 [M, K], the norm's tensors, those of the transforms, the columns u8 [padded] if given; then what is written:
-    codes [M, padded] and scales f32 [M, groups], or rows; floats of the columns with outliers [M, padded], and which columns
-    those are, if the programs find them. Dims: M.
+    """Pointers: x f32 [M, K], the norm's tensors, those of the transforms; if given the columns u8 [padded] or the largest |x| of
+    each row f32 [M]; then what is written: codes [M, padded] and scales f32 [M, groups], or rows; floats of the columns with
+    outliers [M, padded], and which columns those are, if the programs find them; the largest |y| of each row. Dims: M.
     """
     made = _Text(_parsed(params), target)
     return made.source()
@@ -123,7 +138,6 @@ class _Text:
         self.block = max(1 << (p.padded - 1).bit_length(), 16)
         self.norms = ["norm_weight", "norm_bias"][: 0 if p.prologue is None else 1 + (p.prologue.op == "layer_norm")]
         self.stored = [[f"t{i}_{stored.name}" for stored in each.stored(p.k)] for i, each in enumerate(p.steps)]
-        self.is_llm = p.outliers != "none"
 
     def source(self) -> Source:
         p, arguments = self.p, self._arguments()
@@ -131,10 +145,12 @@ class _Text:
         lines.append(
             "place = tl.load(t0_order + at, mask=inside, other=0).to(tl.int32)" if self._permuted else "place = at"
         )
-        if p.outliers == "self":
-            lines += self._columns()
-        elif p.outliers == "given":
+        if p.whole == "self":
+            lines += self._columns() if p.outliers else self._largest()
+        elif p.outliers:
             lines.append(f"column = tl.load(columns + at, mask=at < {p.padded}, other=0) != 0")
+        elif p.whole == "given":
+            lines += _largest_of_rows()
         row = self._row("m")
         lines += row.lines
         lines += self._codes(row) if p.out == "codes" else self._rows(row)
@@ -152,10 +168,11 @@ class _Text:
         out = [("x", "f32"), *((name, "f32") for name in self.norms)]
         for each, names in zip(p.steps, self.stored, strict=True):
             out += [(name, stored.dtype) for name, stored in zip(names, each.stored(p.k), strict=True)]
-        out += [("columns", "u8")] * (p.outliers == "given")
+        out += p.given
         out.append(("codes" if p.out == "codes" else "y", _element(p)))
-        out += [("scales", "f32")] * (p.out == "codes") + [("rest", p.rest)] * self.is_llm
-        return out + [("columns", "u8")] * (p.outliers == "self")
+        out += [("scales", "f32")] * (p.out == "codes") + [("rest", p.rest)] * p.outliers
+        out += [("columns", "u8")] * (p.outliers and p.whole == "self")
+        return out + [("row_most", "f32")] * p.most
 
     def _summary(self) -> str:
         steps = [self.p.prologue.op] if self.p.prologue else []
@@ -165,8 +182,8 @@ class _Text:
     def _permuted(self) -> bool:
         return bool(self.p.steps) and isinstance(self.p.steps[0], Permute)
 
-    def _row(self, m: str) -> Row:
-        """The text of row m before its last rounding, where that gives codes."""
+    def _row(self, m: str, last: bool = True) -> Row:
+        """The text of row m; without its last transform if not `last`, or where that gives codes."""
         p = self.p
         row = Row(self.block, p.k, self.target)
         row.set(f"tl.load(x + {m} * {p.k} + place, mask=inside, other=0)")
@@ -174,20 +191,21 @@ class _Text:
             row.norm(p.prologue.eps, "norm_weight", f" + {p.prologue.offset!r}" if p.prologue.offset else "", "place")
         elif p.prologue is not None:
             row.layer_norm(p.prologue.eps, "norm_weight", "norm_bias", "place")
-        for each, names in list(zip(p.steps, self.stored, strict=True))[: -1 if p.out == "codes" else None]:
+        for each, names in list(zip(p.steps, self.stored, strict=True))[: None if last and p.out != "codes" else -1]:
             row.apply(each, names)
         return row
 
     def _rows(self, row: Row) -> list[str]:
         value = cast(row.value, self.p.out, self.target)
-        return [f"tl.store(y + m * {self.p.k} + at, {value}, mask=inside)"]
+        most = [f"tl.store(row_most + m, largest({row.value}, 0, False))"] if self.p.most else []
+        return [f"tl.store(y + m * {self.p.k} + at, {value}, mask=inside)", *most]
 
     def _codes(self, row: Row) -> list[str]:
         p, last = self.p, self.p.steps[-1]
         first, lines = len(row.lines), list[str]()
         if isinstance(last, LlmInt8):
-            made = row.outliers(last, "column" if self.is_llm else "")
-        if self.is_llm:
+            made = row.outliers(last, "column" if p.outliers else "")
+        if p.outliers:
             rest = f"tl.where(column, {row.value}, 0.0)"
             lines.append(
                 f"tl.store(rest + m * {p.padded} + at, {cast(rest, p.rest, self.target)}, mask=at < {p.padded})"
@@ -215,9 +233,26 @@ class _Text:
         """Finds the columns that hold an outlier in any row."""
         p, last = self.p, self.p.steps[-1]
         assert isinstance(last, LlmInt8)
-        row = self._row("r")
+        row = self._row("r", last=False)
         outlier = row.is_outlier(last)
         lines = [f"found = tl.zeros(({self.block},), tl.int32)", "for r in range(0, d0):"]
         lines += [f"    {line}" for line in (*row.lines, f"found = found | {outlier}.to(tl.int32)")]
         store = f"tl.store(columns + at, found.to(tl.uint8), mask=at < tl.where(m == 0, {p.padded}, 0))"
         return [*lines, "column = found != 0", store]
+
+    def _largest(self) -> list[str]:
+        """Finds the largest |x| of all rows; NaN, whose bits are the greatest, where there is one."""
+        row = self._row("r", last=False)
+        most = f"bits = tl.maximum(bits, {row.value}.to(tl.int32, bitcast=True) & 0x7FFFFFFF)"
+        lines = [f"bits = tl.zeros(({self.block},), tl.int32)", "for r in range(0, d0):"]
+        return [*lines, *(f"    {line}" for line in (*row.lines, most)), _WHOLE]
+
+
+_WHOLE = "whole = tl.max(bits, 0).to(tl.float32, bitcast=True)"
+
+
+def _largest_of_rows() -> list[str]:
+    """The largest of the numbers that were found for each row."""
+    lines = ["r = tl.arange(0, 1024)", "bits = tl.zeros((1024,), tl.int32)", "for r0 in range(0, d0, 1024):"]
+    lines.append("    found = tl.load(row_most + r0 + r, mask=r < d0 - r0, other=0).to(tl.int32, bitcast=True)")
+    return [*lines, "    bits = tl.maximum(bits, found)", _WHOLE]

@@ -44,7 +44,7 @@ def calls(request: Request, most: int | None) -> list[Call]:
             raise Refuse(f"no text for {problem}")
     if problem := _cut(request.shape):
         raise Refuse(problem)
-    before, request = prologue.normalised(request, "f32" if most <= FEW else None)
+    before, request = prologue.normalised(request, "f32" if most <= FEW else None, most=most)
     split_k = schedule.split(request.shape.n_out, request.spec.k, most)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
     return [*before, request.call(TEMPLATE, scratch, most=most, split_k=split_k)]

@@ -14,7 +14,7 @@ from typing import Any
 from qcompile.artifact import Call, Extent, View
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton import activation, dequantize, text
+from qcompile.lowering.triton import activation_calls, dequantize, text
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
 from qcompile.lowering.triton.linear import Pointer, Request, Section, Shape, types
@@ -45,13 +45,7 @@ def calls(request: Request, most: int | None) -> list[Call]:
     weights = ctx.temp((shape.n, shape.k), shape.compute)
     made = [_decoded(request, weights, part) for part in range(len(shape.rows))]
     rows = ctx.temp((request.m, shape.k), shape.compute)
-    params = {
-        "k": shape.k, "padded": shape.k, "prologue": shape.prologue, "transforms": list(spec.before),
-        "out": shape.compute,
-    }  # fmt: skip
-    stored = [view for views in request.transforms for view in views]
-    args = [request.x, *request.norms, *stored, rows]
-    made.append(ctx.call(activation.TEMPLATE, params, args, (request.m,), (len(args) - 1,)))
+    made += activation_calls.rows(request, shape.compute, shape.k, [rows], most)
     plain = not (shape.bias or shape.epilogue)
     whole = View(request.y.buffer, (request.m, shape.n), (shape.n, 1))
     sums = whole if plain else ctx.temp((request.m, shape.n), "f32")

@@ -31,7 +31,7 @@ def calls(request: Request, most: int | None) -> list[Call]:
     before: list[Call] = []
     if request.spec.before or most is None or most > FEW:
         # Every program of a column of tiles reads the same x: beyond a few rows it is rounded once.
-        before, request = prologue.normalised(request, always=most is None or most > SKINNY)
+        before, request = prologue.normalised(request, always=most is None or most > SKINNY, most=most)
     bucket = most or schedule.OPEN
     split_k = schedule.split(shape.n_out, shape.k, bucket)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)

@@ -18,8 +18,7 @@ from qcompile.format import format_from_json
 from qcompile.formats.native import BLOCK, SHORTEST, Native, native_codes
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton import outlier_columns, schedule, split
-from qcompile.lowering.triton.activation import TEMPLATE as ACTIVATION
+from qcompile.lowering.triton import activation_calls, schedule, split
 from qcompile.lowering.triton.bytes import halves, packed, unpack
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
@@ -35,7 +34,6 @@ from qcompile.transforms.llm_int8 import LlmInt8
 
 TEMPLATE = "linear-native"
 TIER = "native"
-FEW = 4  # rows of x that each program of "activation" may look at for outliers
 FIRST_FP8 = 89  # the least capability that multiplies 8-bit floats
 
 _E4M3 = '''
@@ -354,33 +352,12 @@ def _bare(shape: Shape) -> Shape:
 
 def _round(request: Request, layout: Native, group: int, most: int | None) -> tuple[list[Call], list[View]]:
     """The calls that round x, and what they write: codes and scales, and the floats and columns of outliers."""
-    ctx, spec, out = request.ctx, request.spec, list[Call]()
-    transforms, padded = spec.transforms(), layout.padded(spec.k)
-    last = transforms[-1]
+    ctx, spec, padded = request.ctx, request.spec, layout.padded(request.spec.k)
+    last = spec.transforms()[-1]
     found = [ctx.temp((request.m, padded), "i8" if layout.code == "int" else "u8")]
     found.append(ctx.temp((request.m, spec.k // (group or spec.k)), "f32"))
-    params: dict[str, Any] = {"k": spec.k, "padded": padded, "prologue": spec.prologue, "transforms": list(spec.before)}
-    params |= {"out": "codes", "outliers": "none", "rest": request.shape.compute}
-    read = [request.x, *request.norms, *(view for views in request.transforms for view in views)]
-    if isinstance(last, LlmInt8) and last.threshold > 0:
-        columns = ctx.temp((padded,), "u8")
-        found += [ctx.temp((request.m, padded), request.shape.compute), columns]
-        params["outliers"] = "self" if most is not None and most <= FEW else "given"
-        if params["outliers"] == "given":
-            if spec.prologue or len(transforms) > 1:
-                rows = ctx.temp((request.m, spec.k), "f32")
-                before = params | {
-                    "padded": spec.k,
-                    "transforms": list(spec.before[:-1]),
-                    "out": "f32",
-                    "outliers": "none",
-                }
-                out.append(ctx.call(ACTIVATION, before, [*read, rows], (request.m,), (len(read),)))
-                read, params = [rows], params | {"prologue": None, "transforms": [spec.before[-1]]}
-            look = {"k": spec.k, "padded": padded, "threshold": last.threshold}
-            out.append(ctx.call(outlier_columns.TEMPLATE, look, [read[0], columns], (request.m,), (1,)))
-            read.append(columns)
-    written = found[:-1] if params["outliers"] == "given" else found
-    args = [*read, *written]
-    out.append(ctx.call(ACTIVATION, params, args, (request.m,), tuple(range(len(read), len(args)))))
-    return out, found
+    if not isinstance(last, LlmInt8) or last.threshold == 0:
+        return activation_calls.rows(request, "codes", padded, found, most), found
+    found.append(ctx.temp((request.m, padded), request.shape.compute))
+    columns = ctx.temp((padded,), "u8")
+    return activation_calls.rows(request, "codes", padded, found, most, columns), [*found, columns]

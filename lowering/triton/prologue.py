@@ -7,33 +7,29 @@ from typing import Any
 from qcompile.artifact import Call
 from qcompile.dims import times
 from qcompile.lowering.base import Refuse
-from qcompile.lowering.triton import activation
+from qcompile.lowering.triton import activation_calls
 from qcompile.lowering.triton.linear import Element, Request
 from qcompile.row_transforms import problem
 
 BLOCK = 1024  # inputs of a step over a row
 
 
-def normalised(request: Request, dtype: Element | None = None) -> tuple[list[Call], Request]:
-    """What makes x ready for a kernel that reads it as it is, and the request that is left: x normalised and transformed.
+def normalised(
+    request: Request, dtype: Element | None = None, always: bool = False, most: int | None = None
+) -> tuple[list[Call], Request]:
+    """What makes x, of at most `most` rows, ready for a kernel that reads it as it is, and the request that is left.
 
-    The rows are written in `dtype` (the compute dtype unless told) by one kernel; there is none where nothing is to be done.
+    The rows are normalised, transformed and written in `dtype` (the compute dtype unless told); there is no call where nothing is
+    to be done, unless `always`.
     """
     spec, shape = request.spec, request.shape
-    if spec.prologue is None and not spec.before:
+    if spec.prologue is None and not spec.before and not always:
         return [], request
     if why := problem(spec.transforms(), spec.k):
         raise Refuse(f"no text for {why}")
     out = dtype or shape.compute
     made = request.ctx.temp((times(request.m, spec.k),), out)
-    params = {
-        "k": spec.k, "padded": spec.k, "prologue": spec.prologue, "transforms": list(spec.before), "out": out,
-    }  # fmt: skip
-    stored = [view for views in request.transforms for view in views]
-    args = [request.x, *request.norms, *stored, made]
-    return [request.ctx.call(activation.TEMPLATE, params, args, (request.m,), (len(args) - 1,))], request.reading(
-        made, out
-    )
+    return activation_calls.rows(request, out, spec.k, [made], most), request.reading(made, out)
 
 
 def offset(number: int) -> str:

@@ -17,6 +17,7 @@ from qcompile.lowering.triton.text import cast
 from qcompile.target import Target
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
+from qcompile.transforms.four_over_six import ADAPTIVE, RoundFourOverSix, limits
 from qcompile.transforms.fp_quant import GROUP, RoundFpQuant
 from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
@@ -114,13 +115,17 @@ class Codes:
 
 @dataclass
 class Row:
-    """The text that transforms one row: lines, one assignment each, in which `value` names what the row is now."""
+    """The text that transforms one row: lines, one assignment each, in which `value` names what the row is now.
+
+    `whole` names the largest |x| of all rows, where the last transform depends on it.
+    """
 
     block: int
     k: int
     target: Target
     value: str = "row"
     lines: list[str] = field(default_factory=list)
+    whole: str = "whole"
 
     def let(self, expression: str, name: str = "t") -> str:
         """A new name for the value of an expression."""
@@ -157,7 +162,9 @@ class Row:
             case RoundMx():
                 self._mx(each)
             case RoundNvfp4():
-                self._nvfp4(each, tensors[0])
+                self._nvfp4(each, *tensors)
+            case RoundFourOverSix():
+                self._four_over_six(each)
             case RoundFpQuant():
                 self._fp_quant(each, tensors)
 
@@ -248,7 +255,10 @@ class Row:
         self._flat(as_(f"({code} - {zero}) * {scale}", each.dtype), size)
 
     def _most(self, each: Rounding, x: str, size: int) -> str:
-        most = self.let(f"largest({x}, {'1, True' if size else '0, False'})")
+        if each.per == "tensor":
+            most = self.let(self.rounded(self.whole, each.dtype))
+        else:
+            most = self.let(f"largest({x}, {'1, True' if size else '0, False'})")
         for bound, sign in ((each.least, "<"), (each.most, ">")):
             if bound:
                 limit = _literal(bound, each.dtype)
@@ -305,10 +315,15 @@ class Row:
         worth = scale if each.steps == 1.0 else self.let(f"tl.div_rn({scale}, {each.steps!r})")
         self._flat(f"{self._element(value, each.element)} * {worth}", each.size)
 
-    def _nvfp4(self, each: RoundNvfp4, stored: str) -> None:
+    def _nvfp4(self, each: RoundNvfp4, stored: str = "") -> None:
         x = self._grouped(self.value, each.size)
         most = self.let(f"largest({x}, 1, True)")
-        whole = self.let(f"tl.load({stored}).to(tl.float32)")
+        if stored:
+            whole = self.let(f"tl.load({stored}).to(tl.float32)")
+        elif each.tensor == "divide":  # as torch divides a number by a tensor
+            whole = self.let(f"tl.div_rn(1.0, {self._some(self.whole)}) * 2688.0")
+        else:
+            whole = self.let(f"tl.div_rn({self._some(self.whole)}, 2688.0)")
         sixth = self.let(f"tl.div_rn({most}, 6.0)")
         if each.tensor == "divide":
             small = self._small(each, f"{whole} * {sixth}")
@@ -319,6 +334,34 @@ class Row:
             inverse = self.let(f"tl.div_rn(tl.div_rn(1.0, {whole}), {small})")
             value, scale = self.let(f"{x} * {inverse}"), self.let(f"{whole} * {small}")
         self._flat(f"{self._element(value, 'e2m1')} * {scale}", each.size)
+
+    def _some(self, most: str) -> str:
+        """The largest |x|, or 1 where there are only zeros."""
+        return self.let(f"tl.where({most} == 0.0, 1.0, {most})")
+
+    def _four_over_six(self, each: RoundFourOverSix) -> None:
+        largest, scales = limits(each.rule)
+        x, whole = self._grouped(self.value, 16), self._some(self.whole)
+        up = self.let(f"tl.div_rn({largest * scales!r}, {whole})")
+        high = self.let(f"tl.div_rn(largest({x}, 1, True), {largest!r}) * {up}")
+
+        def candidate(wanted: str) -> tuple[str, str]:
+            """The blocks rounded under the e4m3 scale nearest to `wanted`, and how far off they are."""
+            scale = self.let(self._element(wanted, "f8e4m3"))
+            safe = self.let(f"tl.where({scale} == 0.0, 1.0, {scale})")
+            inverse = self.let(f"tl.div_rn(1.0, tl.div_rn(1.0, {up}) * {safe})")
+            ratio = self.let(f"{x} * {inverse}")
+            value = self.let(f"tl.where({scale} == 0.0, 0.0, {self._element(ratio, 'e2m1')})")
+            value = self.let(f"tl.div_rn({value} * {scale} * {whole}, {largest * scales!r})")
+            off = self.let(f"{value} - {x}")
+            error = {"mse": f"tl.sum({off} * {off}", "mae": f"tl.sum(tl.abs({off})", "abs_max": f"tl.max(tl.abs({off})"}
+            return value, self.let(f"{error[each.rule]}, 1, keep_dims=True)") if each.rule in ADAPTIVE else ""
+
+        value, error = candidate(high)
+        if each.rule in ADAPTIVE:
+            other, smaller = candidate(self.let(f"{high} * 1.5"))
+            value = self.let(f"tl.where({smaller} < {error}, {other}, {value})")
+        self._flat(value, 16)
 
     def _small(self, each: RoundNvfp4, scale: str) -> str:
         scale = self.let(scale)

@@ -14,6 +14,7 @@ from qcompile.lowering.triton import activation
 from qcompile.target import target
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
+from qcompile.transforms.four_over_six import RoundFourOverSix
 from qcompile.transforms.fp_quant import RoundFpQuant
 from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
@@ -65,7 +66,7 @@ def params(transforms: tuple[Transform, ...], k: int, out: str, **more: Any) -> 
         "transforms": [each.to_json() for each in transforms],
         "out": out,
     }
-    made |= {"outliers": "none", "rest": "bf16"} | more
+    made |= {"whole": "none", "rest": "bf16"} | more
     assert activation._parsed(made).problem() == ""
     return made
 
@@ -145,7 +146,7 @@ def test_blocks_are_rotated() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
 def test_outliers_stay_floats(threshold: float) -> None:
     x, llm = rows(), LlmInt8(threshold)
-    made = params((llm,), K, "codes", outliers="self" if threshold else "none", rest="f16")
+    made = params((llm,), K, "codes", whole="self" if threshold else "none", rest="f16")
     width = made["padded"]
     codes, scales = torch.zeros(3, width, dtype=torch.int8), torch.zeros(3, 1)
     rest, columns = torch.zeros(3, width, dtype=torch.float16), torch.full((width,), 9, dtype=torch.uint8)
@@ -156,6 +157,29 @@ def test_outliers_stay_floats(threshold: float) -> None:
     expected = llm.apply(x, {})
     torch.testing.assert_close((codes[:, :K] * scales)[:, ~wanted], expected[:, ~wanted], rtol=1e-6, atol=0)
     assert torch.equal(rest[:, :K], torch.where(wanted, x, 0.0).half()) and not codes[:, :K][:, wanted].any()
+
+
+WHOLE: list[Transform] = [
+    RoundFloat(per="tensor", floor=1e-12),
+    RoundInt(per="tensor", dtype="bf16"),
+    RoundNvfp4(stored_scale=""),
+    RoundNvfp4(tensor="multiply", stored_scale="", floor=2.0**-6),
+    *(RoundFourOverSix(rule) for rule in ("mse", "mae", "abs_max", "static_4")),
+]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("whole", ["self", "given"])
+@pytest.mark.parametrize("rounding", WHOLE, ids=lambda each: f"{each.summary()} {getattr(each, 'tensor', '')}")
+def test_one_scale_for_all_rows(rounding: Transform, whole: str, zeros: bool) -> None:
+    x, y, made = rows() * (not zeros), torch.zeros(3, K), params((rounding,), K, "f32", whole=whole)
+    most = [torch.zeros(3)] * (whole == "given")
+    if most:
+        copied = torch.zeros(3, K)
+        run(activation.emit(params((), K, "f32", most=True), TARGET), [x, copied, *most], [3])
+        assert torch.equal(copied, x) and torch.equal(most[0], x.abs().amax(-1))
+    run(activation.emit(made, TARGET), [x, *most, y], [3])
+    assert torch.equal(y, rounding.apply(x, {}))
 
 
 def test_norm_in_front() -> None:

@@ -107,7 +107,7 @@ def kernels(
     assert not isinstance(found, str)
     outliers = isinstance(rounding, LlmInt8)
     how = {"k": k, "padded": layout.padded(k), "prologue": None, "transforms": [rounding.to_json()], "out": "codes"}
-    how |= {"outliers": "given" if outliers else "none", "rest": "f16"}
+    how |= {"whole": "given" if outliers else "none", "rest": "f16"}
     shape = Shape((layout.to_json(),), (packed.N,), k, True, None, epilogue, "f16")
     linear = shape.params(group=found[1], most=most, split_k=split_k, outliers=outliers)
     return [spec("activation", how), spec("linear-native", linear)]
