@@ -1,7 +1,8 @@
 """How a tile of a `Fragments` weight becomes operands of tensor cores, for a GPU as PTX and for the interpreter as plain Triton.
 
-A tile has 16 outputs or a multiple of them, and 128 inputs: eight slots of 16 inputs. A plane's words are read as elements
-[BN, 16] of 8 w bits, and become eight tensors [BN, 16] in the compute dtype, one a slot. What their numbers are made of:
+A tile has 16 outputs or a multiple of them, and 128 inputs: eight slots of 16 inputs. A plane's words come as elements
+[BN, 16] of 8 w bits (of 16, if w = 1, the upper ones anything), and become eight tensors [BN, 16] in the compute dtype, one a
+slot. What their numbers are made of:
 
     integers    a code among the lower bits of 2^W is the number 2^W + code * 2^at, exact (W = 7 for bf16, 10 for f16); one
                 fused multiply-add makes it code - zero, exact too
@@ -29,8 +30,9 @@ from qcompile.lowering.triton.text import DTYPES, interpreted
 from qcompile.target import Target
 
 SLOTS = 8
-ELEMENTS = {8: "tl.int64", 4: "tl.int32", 2: "tl.int16", 1: "tl.int8"}
-"""The type of which a plane's tile is [BN, 16], by the plane's width."""
+ELEMENTS = {8: ("tl.int64", 16), 4: ("tl.int32", 16), 2: ("tl.int16", 16), 1: ("tl.int16", 8)}
+"""The type in which a plane's tile is read, and how many of it are beside each other, by the plane's width."""
+PACK = 2  # elements that one run of the PTX decodes
 
 _HALVES = 0x00010001
 _AND_OR, _AND_XOR = 0xEA, 0x6A  # (a & b) | c and (a & b) ^ c, as truth tables
@@ -57,11 +59,6 @@ class Decode:
         """The zero that is subtracted where none is given: the layout's, if it is a whole number."""
         zero = self.format.zero
         return int(zero) if isinstance(zero, int | float) and float(zero).is_integer() else 0
-
-    @property
-    def pack(self) -> int:
-        """Elements of a tile that one run of the PTX decodes."""
-        return 4 if 1 in planes(self.format.bits) else 2
 
     @property
     def by_sign(self) -> bool:
@@ -137,6 +134,10 @@ class Asm:
     def lines(self) -> list[str]:
         return ["{", f".reg .b32 t<{max(self.temps, 1)}>;", *self.body, "}"]
 
+    @property
+    def results(self) -> list[str]:
+        return [f"${i}" for i in range(self.outputs)]
+
     def input(self, kind: str = "r") -> str:
         self.inputs.append(kind)
         return f"${self.outputs + len(self.inputs) - 1}"
@@ -171,31 +172,21 @@ class Asm:
 
 
 def ptx(decode: Decode) -> Asm:
-    """The PTX that decodes `decode.pack` elements of each plane's tile.
+    """The PTX that decodes a pair of elements of each plane's tile.
 
-    Outputs: for each slot a register for each pair of elements. Inputs: the elements of each plane, then each word of the
-    table for each element, then a register for each pair of each zero and scale.
+    Outputs: a register for each slot. Inputs: the elements of each plane (one register for both where they have 16 bits), then
+    each word of the table for each element, then a register for each zero and scale.
     """
-    pairs = decode.pack // 2
-    asm = Asm(SLOTS * pairs)
-    words: list[list[list[str]]] = [[] for _ in range(pairs)]  # of each pair: the words of each plane
+    asm = Asm(SLOTS)
+    words = []  # of each plane
     for width in planes(decode.format.bits):
-        if width == 1:  # an element is a byte, which moves to the low byte of a half
-            four = asm.input()
-            for pair in range(pairs):
-                words[pair].append([asm.do("prmt.b32", four, 0, 0x4140 + 0x0202 * pair)])
-            continue
-        for pair in range(pairs):
-            if width == 8:
-                words[pair].append([word for wide in (asm.input("l"), asm.input("l")) for word in asm.halves(wide)])
-            else:
-                words[pair].append([asm.input() for _ in range(width // 2)])
-    table = [[asm.input() for _ in range(decode.pack)][0] for _ in decode.words()]
-    given = [[asm.input() for _ in range(pairs)] for _ in range(decode.zeros + decode.scales)]
-    for pair in range(pairs):
-        zeros, scales = ([one[pair] for one in part] for part in (given[: decode.zeros], given[decode.zeros :]))
-        outputs = [f"${slot * pairs + pair}" for slot in range(SLOTS)]
-        _Pair(decode, asm, words[pair], table, zeros, scales, outputs).run()
+        if width == 8:
+            words.append([word for wide in (asm.input("l"), asm.input("l")) for word in asm.halves(wide)])
+        else:
+            words.append([asm.input() for _ in range(max(width // 2, 1))])
+    table = [[asm.input() for _ in range(PACK)] for _ in decode.words()]  # all of a word's are alike
+    zeros, scales = ([asm.input() for _ in range(count)] for count in (decode.zeros, decode.scales))
+    _Pair(decode, asm, words, [same[0] for same in table], zeros, scales, asm.results).run()
     return asm
 
 
@@ -330,7 +321,7 @@ def _inline(decode: Decode, given: Sequence[str]) -> list[str]:
         *(f"    {line}" for line in made.lines),
         '    """,',
         f'    "{made.constraints}",',
-        f"    [{', '.join(given)}], dtype=({DTYPES[decode.compute]},) * {SLOTS}, is_pure=True, pack={decode.pack},",
+        f"    [{', '.join(given)}], dtype=({DTYPES[decode.compute]},) * {SLOTS}, is_pure=True, pack={PACK},",
         ")",
         f"return {outputs}",
     ]

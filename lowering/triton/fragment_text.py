@@ -60,6 +60,14 @@ def by_columns(c):
 """
 
 
+_BYTES = """
+@triton.jit
+def by_bytes(c):
+    \"\"\"Elements [BN, 8] of two bytes as [BN, 16] whose low bytes these are.\"\"\"
+    return tl.join(c, c >> 8).reshape(c.shape[0], 16)
+"""
+
+
 def kind_of(most: int) -> str:
     """The kind of kernel, as schedules know it, for at most `most` rows of x."""
     return "skinny" if most <= SKINNY else "mid" if most <= MID else "large"
@@ -88,14 +96,19 @@ class Way:
 
     @property
     def on_sums(self) -> bool:
-        """Whether scales multiply the sums of groups."""
-        return not self.whole and self.most <= SKINNY
+        """Whether scales multiply the sums of groups: for many rows where they would cost more instructions elsewhere."""
+        cheap = self.most <= MID and self.format.group >= INPUTS and not (self._exact or self.shifted)
+        return not self.whole and (self.most <= SKINNY or cheap)
 
     @property
     def packed(self) -> bool:
-        """Whether scales multiply pairs of weights in the compute dtype, which holds both exactly."""
-        exact = {"bf16": ("bf16", "f8e4m3", "f8e8m0"), "f16": ("f16", "f8e4m3")}[self.compute]
-        return not (self.whole or self.on_sums or self.shifted) and self.format.scale in exact
+        """Whether scales multiply pairs of weights in the compute dtype."""
+        return not (self.whole or self.on_sums or self.shifted) and self._exact
+
+    @property
+    def _exact(self) -> bool:
+        """Whether the compute dtype holds the scales."""
+        return self.format.scale in {"bf16": ("bf16", "f8e4m3", "f8e8m0"), "f16": ("f16", "f8e4m3")}[self.compute]
 
     @property
     def pieces(self) -> int:
@@ -147,12 +160,13 @@ class Text:
         group = 0 if widest.group == shape.k else widest.group
         self.plan = schedule.choose(
             kind_of(most), max(section.rows for section in self.sections), shape.k, most, widest.bits, target.capability,
-            value=value_of(widest), group=group, split_k=split_k,
+            value=value_of(widest), group=group, split_k=split_k, streams=2 if shape.glu else 1,
         )  # fmt: skip
         self.block_n = self.plan.block_n
-        self.block_m = min(self.plan.block_m, 8) if most <= 8 else self.plan.block_m
+        self.block_m = self.plan.block_m
         together = self.plan.block_k // INPUTS
         self.together = together if together and self.steps // split_k % together == 0 else 1
+        self.few = most <= SKINNY
         self.ragged_k = shape.k % INPUTS != 0
         self.pointers = [*shape.pointers(), *(split.POINTERS if split_k > 1 else [])]
         self.names = [pointer.name for pointer in self.pointers]
@@ -185,8 +199,9 @@ class Text:
 
     def _helpers(self, body: str) -> str:
         decoders = [way.decoder.text(f"decode{part}", self.target) for part, way in enumerate(self.ways)]
+        moves = [_THREADS, *[_BYTES] * ("by_bytes(" in body)]
         joins = [made for count, made in _COLUMNS.items() if f"columns{count}(" in body]
-        return "\n\n".join(each.strip() + "\n" for each in (*decoders, _THREADS, *joins, functions(body)) if each)
+        return "\n\n".join(each.strip() + "\n" for each in (*decoders, *moves, *joins, functions(body)) if each)
 
     def _about(self) -> str:
         shape = self.shape
@@ -211,11 +226,11 @@ class Text:
         start = "" if self.most <= bm else f"tl.program_id(1) * {bm} + "
         streams = [_Stream(self, i, part, first) for i, (part, first) in enumerate(section.streams)]
         lines = [
-            "i = tl.arange(0, %d)" % bn,
+            f"i = tl.arange(0, {bn})",
             f"n = tile * {bn} + i[:, None]",
             f"m = {start}tl.arange(0, {bm})[None, :]",
-            "live = m < d0",
-            f"x_row = x + m.to(tl.int64) * {k}",
+            *["live = m < d0"] * self.few,
+            f"x_row = x + {'m' if self.few else 'tl.minimum(m, d0 - 1)'}.to(tl.int64) * {k}",
         ]
         norm = self.shape.prologue
         if norm is not None:
@@ -227,15 +242,19 @@ class Text:
         first, last = ("0", str(self.steps)) if self.split_k == 1 else ("first", f"first + {part}")
         lines += [f"first = tl.program_id(2) * {part}"] * (self.split_k > 1)
         lines += [f"{stream.total} = tl.zeros([{bn}, {bm}], tl.float32)" for stream in streams]
-        for stream in streams:
-            lines += stream.fetched(first, "")
-        ahead = f"ahead = tl.minimum(step + {self.together}, {last} - {self.together})"
-        body = [ahead] if any(stream.carried for stream in streams) else []
-        for stream in streams:
-            body += stream.fetched("ahead", "_next")
+        # With few rows the next step's scales are loaded while this step computes. Where they multiply weights, Triton would
+        # move decoded weights through shared memory if they came from the step before.
+        body = []
+        if self.few:
+            lines += [line for stream in streams for line in stream.fetched(first, "")]
+            body = [f"ahead = tl.minimum(step + {self.together}, {last} - {self.together})"]
+            body = body * any(stream.groups for stream in streams)
+        body += [
+            line for stream in streams for line in stream.fetched(*(("ahead", "_next") if self.few else ("step", "")))
+        ]
         for u in range(self.together):
             body += self._step(u, streams)
-        body += [f"{name} = {name}_next" for stream in streams for name in stream.carried]
+        body += [f"{name} = {name}_next" for stream in streams for name in stream.groups] * self.few
         # A table that changes is kept beside the products by Triton; step >> 31 is 0.
         body += [f"{name} = {name} ^ (step >> 31)" for stream in streams for name in stream.table]
         loop = f"for step in range({first}, {last}, {self.together}):"
@@ -268,8 +287,9 @@ class Text:
         shape = self.shape
         start = f"at + {piece * inputs}" if piece else "at"
         lines = [f"k = {start} + tl.arange(0, {inputs})[:, None]"]
-        mask = f"live & (k < {shape.k})" if self.ragged_k else "live"
-        lines.append(f"x_tile = tl.load(x_row + k, mask={mask}, other=0.0)")
+        # Rows that are not there cost nothing to leave out, or, where most are there, repeat the last one.
+        mask = " & ".join([*["live"] * self.few, *[f"(k < {shape.k})"] * self.ragged_k])
+        lines.append(f"x_tile = tl.load(x_row + k{f', mask={mask}, other=0.0' if mask else ''})")
         norm = shape.prologue
         if norm is not None:
             lines += prologue.weights(norm, f"k < {shape.k}" if self.ragged_k else "")
@@ -311,10 +331,10 @@ class _Stream:
             block = f"tl.minimum({block}, {(self.first + rows - 1) // ROWS})"
         lines = [f"block{s} = {block}"]
         for p, width in enumerate(planes(self.format.bits)):
-            pointer = self.codes[p] if width == 4 else f"{self.codes[p]}.to(tl.pointer_type({ELEMENTS[width]}))"
-            place = (
-                f"(block{s} * {self.kernel.steps * ROWS * 16} + i % {ROWS} * 16)[:, None] + tl.arange(0, 16)[None, :]"
-            )
+            element, count = ELEMENTS[width]
+            pointer = self.codes[p] if width == 4 else f"{self.codes[p]}.to(tl.pointer_type({element}))"
+            row = f"block{s} * {self.kernel.steps * ROWS * count} + i % {ROWS} * {count}"
+            place = f"({row})[:, None] + tl.arange(0, {count})[None, :]"
             lines.append(f"c{p}_at{s} = {pointer} + {place}")
         groups = self.kernel.shape.k // self.format.group
         # d0 >> 31 is 0, which compilers do not know: they would load constants again and again.
@@ -332,8 +352,8 @@ class _Stream:
         return names + (["zeros"] if self.way.whole and self.way.stored_zeros else shifts)
 
     @property
-    def carried(self) -> list[str]:
-        """The names of what is loaded one step ahead: for each group of a step, and 128 inputs of it."""
+    def groups(self) -> list[str]:
+        """The names of what is loaded for a step: for each 128 inputs of it, and each group in these."""
         return [
             f"{part}{self.suffix}_{u}_{piece}"
             for part in self._parts
@@ -379,8 +399,9 @@ class _Stream:
         policy = ', eviction_policy="evict_first"' if kernel.most <= SKINNY else ""
         given = []
         lines = []
-        for p in range(len(self.codes)):
-            lines.append(f"c{p} = by_columns(tl.load(c{p}_at{s} + (step + {u}) * {ROWS * 16}{policy}))")
+        for p, width in enumerate(planes(self.format.bits)):
+            read = f"tl.load(c{p}_at{s} + (step + {u}) * {ROWS * ELEMENTS[width][1]}{policy})"
+            lines.append(f"c{p} = by_columns({f'by_bytes({read})' if width == 1 else read})")
             given.append(f"c{p}")
         tile = f"[{kernel.block_n}, 16]"
         given += [f"tl.broadcast_to({name}, {tile})" for name in self.table]

@@ -52,8 +52,8 @@ class Problem:
 class Kind:
     """The tiles that a kind of kernel can be made with; `block_m` of a program is never above `most_m`.
 
-    `pipelined` kinds copy the next steps' weights to shared memory while they compute; `dense` ones also put decoded weights
-    there, 2 bytes each.
+    `pipelined` kinds copy the next steps' weights to shared memory while they compute. In `decoding` ones each warp decodes
+    the weights that it multiplies: on tensor cores that warps use by themselves, a tile is to have more outputs than rows.
     """
 
     block_n: tuple[int, ...]
@@ -63,14 +63,15 @@ class Kind:
     most_m: int
     least_m: int = 16
     pipelined: bool = True
-    dense: bool = False
+    decoding: bool = False
 
 
 KINDS: dict[str, Kind] = {
     "generic": Kind((16, 32, 64), (32, 64, 128), (4,), (1, 2), most_m=64, pipelined=False),
-    "skinny": Kind((64, 128), (128, 256), (4, 8), (2, 3, 4, 5), most_m=32, least_m=8),
-    "mid": Kind((64, 128), (128,), (4, 8), (2, 3, 4), most_m=128),
-    "large": Kind((64, 128, 256), (128,), (4, 8), (2, 3, 4), most_m=128, least_m=64, dense=True),
+    # Two warps: four or more would share one instruction of capability 9.0 and 10.0, which waits for memory more often.
+    "skinny": Kind((64,), (128, 256), (2,), (3, 4, 5), most_m=32, least_m=8, decoding=True),
+    "mid": Kind((64, 128), (128,), (4, 8), (2, 3, 4), most_m=128, decoding=True),
+    "large": Kind((64, 128, 256), (128,), (4, 8), (2, 3, 4), most_m=128, least_m=64, decoding=True),
     "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "fp8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "codebook": Kind((32, 64), (64, 128), (4,), (1, 2), most_m=32, pipelined=False),
@@ -92,8 +93,7 @@ def shared_bytes(problem: Problem, schedule: Schedule) -> int:
     if not kind.pipelined:
         return x
     w = problem.streams * schedule.block_n * schedule.block_k * problem.stored_bits / 8
-    held = max(schedule.stages - 1, 1) * (w + x)
-    return int(held + (2 * schedule.block_n * schedule.block_k if kind.dense else 0))
+    return int(max(schedule.stages - 1, 1) * (w + x))
 
 
 def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
@@ -107,6 +107,8 @@ def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
         return f"a step of {schedule.block_k} inputs cuts a part of {problem.k // problem.split_k}"
     if schedule.block_n < 16 * schedule.warps and kind.pipelined:
         return f"{schedule.warps} warps share {schedule.block_n} outputs; 16 a warp are the least"
+    if kind.decoding and gpu.capability // 10 not in (9, 10) and 2 * schedule.block_m > schedule.block_n:
+        return f"{schedule.block_m} rows: warps would share outputs, and decode the same weights"
     if registers(problem, schedule) > 240:
         return f"about {registers(problem, schedule)} registers a thread"
     if shared_bytes(problem, schedule) > gpu.shared:

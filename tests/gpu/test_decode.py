@@ -16,7 +16,7 @@ from qcompile.formats.fragments import Fragments, pack_fragments
 from qcompile.formats.minifloat import E2M1
 from qcompile.formats.stream import planes
 from qcompile.formats.tables import NF4
-from qcompile.lowering.triton.decode import SLOTS, Decode, ptx
+from qcompile.lowering.triton.decode import PACK, SLOTS, Decode, ptx
 
 COMPUTES = ("bf16", "f16")
 
@@ -33,13 +33,16 @@ def _packed(format: Fragments, codes: torch.Tensor) -> list[np.ndarray]:
     return [tensors[f"codes{p}"].numpy().reshape(16, 4, -1).view(np.uint32) for p in range(len(planes(format.bits)))]
 
 
-def _registers(format: Fragments, tiles: list[np.ndarray], pack: int) -> list[np.ndarray]:
-    """The inputs for the elements of each plane: a run for each (row, c, h), or for each (row, c) where it takes four."""
+def _registers(format: Fragments, tiles: list[np.ndarray]) -> list[np.ndarray]:
+    """The inputs for the elements of each plane: a run for each (row, c, h)."""
     out = []
     for width, tile in zip(planes(format.bits), tiles, strict=True):
-        runs = tile.reshape(64 if pack == 4 else 128, -1)  # words of a run
-        if width == 8:
-            runs = runs.view(np.uint64)
+        if width == 1:  # two bytes of a word, each at the low end of a half, with anything above it
+            pairs = np.ascontiguousarray(tile).view(np.uint16).reshape(128).astype(np.uint32)
+            out.append(pairs | (pairs >> np.uint32(8)) << np.uint32(16))
+            continue
+        runs = tile.reshape(128, -1)
+        runs = runs.view(np.uint64) if width == 8 else runs
         out += [runs[:, i].copy() for i in range(runs.shape[1])]
     return out
 
@@ -47,18 +50,15 @@ def _registers(format: Fragments, tiles: list[np.ndarray], pack: int) -> list[np
 def _decoded(decode: Decode, codes: torch.Tensor, given: list[torch.Tensor]) -> torch.Tensor:
     """W f32 [16, 128]; `given` are zeros and scales of each row, as the kernel gives them."""
     made = ptx(decode)
-    pairs = decode.pack // 2
-    inputs = _registers(decode.format, _packed(decode.format, codes), decode.pack)
+    inputs = _registers(decode.format, _packed(decode.format, codes))
     for entry in decode.words():
-        inputs += [np.full(len(inputs[0]), entry, np.uint32)] * decode.pack
-    for each in given:
-        word = machine.words(each.repeat_interleave(8 // pairs)[:, None].expand(-1, 2), decode.compute)
-        inputs += [word] * pairs
+        inputs += [np.full(128, entry, np.uint32)] * PACK
+    inputs += [machine.words(each.repeat_interleave(8)[:, None].expand(-1, 2), decode.compute) for each in given]
     assert len(inputs) == len(made.inputs)
     results = machine.run(made.lines, made.outputs, inputs)
     values = torch.stack([machine.numbers(result, decode.compute) for result in results])
-    values = values.reshape(SLOTS, pairs, 16, 4, 2 // pairs, 2)  # slot, pair, row, c, h, e
-    return values.permute(2, 0, 1, 4, 3, 5).reshape(16, 128)
+    values = values.reshape(SLOTS, 16, 4, 2, 2)  # slot, row, c, h, e
+    return values.permute(1, 0, 3, 2, 4).reshape(16, 128)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
