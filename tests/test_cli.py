@@ -197,7 +197,7 @@ def test_an_artifact_that_was_changed(reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "plan", "compile", "run", "inspect", "export", "convert", "bench", "formats", "targets"]
+    "command", ["", "plan", "compile", "run", "inspect", "export", "convert", "bench", "tune", "formats", "targets"]
 )
 def test_help_explains_every_option(command):
     out, _ = run(*command.split(), "--help")

@@ -16,7 +16,7 @@ from qcompile.runtime import cache
 from qcompile.runtime.codes import coded
 from qcompile.target import Target
 
-_LAYER = re.compile(r"(.*?\.)(\d+)(?:\.|$)")
+_LAYER = re.compile(r"((?:.*?\.)?)(\d+)(?:\.|$)")
 
 
 def kernel_rows(
