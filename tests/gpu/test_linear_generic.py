@@ -25,9 +25,11 @@ from qcompile.formats.bitsandbytes import Bnb4
 from qcompile.formats.bitstream import Bitstream
 from qcompile.formats.codebook import Vptq
 from qcompile.formats.dense import Dense
+from qcompile.formats.fragments import Fragments
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.integer import Int8
 from qcompile.formats.minifloat import Fp8
+from qcompile.formats.native import Native
 from qcompile.lowering.triton import linear_dense, templates, text, toolchain
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.linear import Pointer, Shape, types
@@ -41,6 +43,12 @@ from qcompile.target import INTERPRET, target
 FOUR = Bitstream(4, 1, 16, zero="packed")
 RMS, LAYER = {"op": "rms_norm", "eps": 1e-5, "offset": 1.0}, {"op": "layer_norm", "eps": 1e-5}
 GLU = {"op": "glu", "act": "silu"}
+LAYOUTS: list[tuple[Format, int, int]] = [
+    (Fragments(4, 32, format_cases.NF4), 21, 96),
+    (Fragments(3, 128, None, "f16", "f16"), 7, 256),
+    (Native(bits=4, zero=8, block=128), 5, 144),
+    (Native("f8e4m3", group=32, rows=4), 6, 64),
+]
 KINDS = [format.kind for format, _, _ in format_cases.CASES]
 
 
@@ -76,7 +84,7 @@ def decoder(format: Format, N: int, K: int) -> Source:
     return Source(made, "decoder", types(pointers), 0, (1, 1, 1))
 
 
-@pytest.mark.parametrize(("format", "N", "K"), _marked())
+@pytest.mark.parametrize(("format", "N", "K"), [*_marked(), *LAYOUTS])
 def test_every_format_is_decoded_bit_for_bit(format: Format, N: int, K: int) -> None:
     tensors = format_cases.random_storage(format, N, K)
     y = torch.full((N, K), 7.0)
