@@ -66,12 +66,11 @@ class _Cached:
 
     def read(self, names: str, axes: tuple[int, ...]) -> tuple[dict[str, Any], list[View], list[Dim]]:
         """The rows `names` along `axes` of [B, H, S], then the tables: parameters, views, and dims."""
-        found, dims = {}, list[Dim]()
+        found, dims = dict[str, Any](turn=None), list[Dim]()
         for name in names:
             found[name], given = describe(self.ctx, self.rows[name], axes)
             dims += given
         views = [self.ctx.view(self.rows[name]) for name in names]
-        found["turn"] = None
         if self.turn:
             found["turn"], given = describe(self.ctx, self.turn[0], (0, 1)[: len(axes) - 1])
             dims += given
@@ -109,11 +108,11 @@ def _prefill(what: _Cached) -> list[Call]:
     rows, (q, *tables), dims = what.read("q", (0, 1, 2))
     if what.turn:
         turned = ctx.temp((b, heads, s, d), cache)
-        params = rope.Params(heads, d, shared["width"], rows["q"], rows["turn"], cache)
-        calls.append(_call(ctx, rope, params, [q, *tables, turned], [b, s, *dims], [len(tables) + 1]))
+        turn = rope.Params(heads, d, shared["width"], rows["q"], rows["turn"], cache)
+        calls.append(_call(ctx, rope, turn, [q, *tables, turned], [b, s, *dims], [len(tables) + 1]))
         q, dims = turned, [times(heads, s, d), times(s, d)]
         rows["q"] = Rows(cache, (GIVEN, GIVEN, d), divisor(d))
-    attend = {name: shared[name] for name in shared if name not in ("width",)} | what.more
+    attend = {name: value for name, value in shared.items() if name != "width"} | what.more
     params = attention_prefill.Params(**attend, q=rows["q"], causal=True, k=None, v=None, mask=None, compute=cache)
     k_cache, v_cache, past = what.state
     args = [q, k_cache, v_cache, past, what.start, *what.sinks, what.y]
@@ -158,7 +157,8 @@ def lower_rope(node: Node, ctx: Context) -> None:
     b, heads, s, d = ctx.shape(x)
     source, tables = packed(ctx, ctx.strided(x)), _turn(ctx, cos, sin)
     (rows, dims), (turn, turn_dims) = describe(ctx, source, (0, 1, 2)), describe(ctx, tables[0], (0, 1))
-    params = rope.Params(_whole(heads), _whole(d), _whole(ctx.shape(cos)[-1]), rows, turn, ctx.dtype(node))
+    y: Any = ctx.dtype(node)
+    params = rope.Params(_whole(heads), _whole(d), _whole(ctx.shape(cos)[-1]), rows, turn, y)
     args = [ctx.view(source), *(ctx.view(table) for table in tables), ctx.output(node)]
     ctx.emit(_call(ctx, rope, params, args, [b, s, *dims, *turn_dims], [3]))
 
@@ -174,10 +174,9 @@ def _whole_sequence(
         rows[name], given = describe(ctx, source, (0, 1, 2))
         dims += given
         views.append(ctx.view(source))
-    params = attention_prefill.Params(
-        **_heads(ctx, *qkv), **what, **rows, cache="", compute=compute_dtype(ctx.program),
-        y=ctx.dtype(node),
-    )  # fmt: skip
+    y: Any = ctx.dtype(node)
+    compute = compute_dtype(ctx.program)
+    params = attention_prefill.Params(**_heads(ctx, *qkv), **what, **rows, cache="", compute=compute, y=y)
     b, s, t = ctx.shape(qkv[0])[0], ctx.shape(qkv[0])[2], ctx.shape(qkv[1])[2]
     args = [*views, *logits, output]
     ctx.emit(_call(ctx, attention_prefill, params, args, [b, s, t, *dims], [len(args) - 1]))

@@ -201,6 +201,7 @@ def _range(p: Params, size: Tile) -> list[str]:
 
 def _step(p: Params, size: Tile, target: Target) -> list[str]:
     """Statements: one block of keys."""
+    dtypes: tuple[str, str]
     if p.cache:
         where = f"((batch * {p.kv_heads} + head) * d2 + slot)"
         key_at, value_at = f"{where} * {p.d}", f"{where} * {p.dv}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from qcompile.dims import Dim
 from qcompile.lowering.alignment import divisor, starts_aligned
@@ -67,7 +67,7 @@ def describe(ctx: Context, source: Strided, axes: Sequence[int]) -> tuple[Rows, 
     """The rows of `source` along `axes` as a parameter, and the strides that the call gives."""
     steps: list[int] = []
     given: list[Dim] = []
-    unit = 16
+    unit, dtype = 16, cast("Any", source.dtype)
     for axis in axes:
         step = ZERO if source.shape[axis] == 1 else source.strides[axis]
         text = ctx.dim(step)
@@ -75,7 +75,7 @@ def describe(ctx: Context, source: Strided, axes: Sequence[int]) -> tuple[Rows, 
         if steps[-1] == GIVEN:
             given.append(text)
             unit = min(unit, divisor(text))
-    return Rows(source.dtype, tuple(steps), unit if given else 1), given
+    return Rows(dtype, tuple(steps), unit if given else 1), given
 
 
 def blocks(size: Dim, block: int) -> Dim:
