@@ -1,4 +1,4 @@
-"""Machine code read for what it does, and the budgets of the fast kernels' main loops."""
+"""Machine code read for what it does."""
 
 from __future__ import annotations
 
