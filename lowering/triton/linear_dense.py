@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.artifact import Call, Extent, View
+from qcompile.formats.dense import Dense
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.triton import activation_calls, dequantize, text
@@ -33,17 +34,12 @@ BLOCK_N, BLOCK_M = 128, 8
 def calls(request: Request, most: int | None) -> list[Call]:
     """The calls for x of any number of rows; Refuse for weights too large to be decoded."""
     spec, shape, ctx = request.spec, request.shape, request.ctx
-    if shape.n * shape.k > MOST:
-        raise Refuse(f"{shape.n * shape.k} weights would be decoded into memory, {MOST} are the most")
     for format, n in zip(shape.parse(), shape.rows, strict=True):
         if why := problem_of(format, n, shape.k):
             raise Refuse(f"no text for {why}")
     if why := problem(spec.transforms(), spec.k):
         raise Refuse(f"no text for {why}")
-    if any(first * shape.k % 8 for first in _starts(shape)):
-        raise Refuse("a part would not start at a multiple of 16 bytes")
-    weights = ctx.temp((shape.n, shape.k), shape.compute)
-    made = [_decoded(request, weights, part) for part in range(len(shape.rows))]
+    weights, made = _weights(request)
     rows = ctx.temp((request.m, shape.k), shape.compute)
     made += activation_calls.rows(request, shape.compute, shape.k, [rows], most)
     plain = not (shape.bias or shape.epilogue)
@@ -56,6 +52,19 @@ def calls(request: Request, most: int | None) -> list[Call]:
         args = [sums, request.y, *([request.bias] if request.bias else []), *request.extras]
         made.append(ctx.call(TEMPLATE, ending, args, (request.m,), (1,)))
     return made
+
+
+def _weights(request: Request) -> tuple[View, list[Call]]:
+    """The weights [N, K] in the compute dtype, and the calls that decode them; none where they are so already."""
+    shape = request.shape
+    if shape.parse() == (Dense(shape.compute),):
+        return request.stored[0][0], []
+    if shape.n * shape.k > MOST:
+        raise Refuse(f"{shape.n * shape.k} weights would be decoded into memory, {MOST} are the most")
+    if any(first * shape.k % 8 for first in _starts(shape)):
+        raise Refuse("a part would not start at a multiple of 16 bytes")
+    weights = request.ctx.temp((shape.n, shape.k), shape.compute)
+    return weights, [_decoded(request, weights, part) for part in range(len(shape.rows))]
 
 
 def _starts(shape: Shape) -> list[int]:

@@ -231,6 +231,12 @@ def test_many_rows_decode_the_weight_once(monkeypatch: pytest.MonkeyPatch, more:
     assert kernels == [*decoded, *["linear-finish"] * bool(more)]
 
 
+def test_a_weight_in_the_compute_dtype_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_dense, "LEAST", 2)
+    made, inputs = linear(weights((Dense("bf16"), 16), k=48), 48, 3)
+    assert close(made, inputs, 2e-2).kernels == ["activation", "qcompile.matmul.default"]
+
+
 def test_a_weight_too_large_to_decode_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_dense, "LEAST", 2)
     monkeypatch.setattr(linear_dense, "MOST", 100)
