@@ -63,6 +63,16 @@ def test_importing_the_runtime_imports_no_compiler() -> None:
     assert not loaded & heavy
 
 
+def test_what_a_gpu_machine_lacks_is_not_needed_there() -> None:
+    loaded = imported(
+        "import sys; sys.modules.update(dict.fromkeys(('torch_mlir', 'llvmlite')))\n"
+        "import torch, qcompile, benchmarks.gpu\n"
+        "inputs = (torch.ones(2, 4),)\n"
+        "qcompile.compile(torch.nn.Softmax(-1), target='cuda:interpret', example_inputs=inputs, strict=True)"
+    )
+    assert "qcompile.lowering.triton.build" in loaded
+
+
 def test_loading_imports_no_compiler() -> None:
     loaded = imported("import qcompile; qcompile.load")
     assert not loaded & {
