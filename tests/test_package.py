@@ -27,6 +27,16 @@ def test_every_folder_of_code_is_in_the_list_of_packages() -> None:
     assert listed == found
 
 
+def test_every_file_of_data_is_in_the_package() -> None:
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {f"{package}/{name}" for package, names in data.items() for name in names}
+    found = set()
+    for top in ("passes", "lowering", "runtime"):
+        for file in (ROOT / top).rglob("*.json"):
+            found.add("/".join((".".join(("qcompile", *file.parent.relative_to(ROOT).parts)), file.name)))
+    assert listed == found
+
+
 def test_every_package_has_an_init_file() -> None:
     for package in PROJECT["tool"]["setuptools"]["packages"]:
         assert (ROOT / Path(*package.split(".")) / "__init__.py").is_file(), package
