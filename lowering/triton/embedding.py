@@ -71,7 +71,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         *render.once,
         *render.lines,
         f"w = tl.where(given == n, {value}, float('nan'))",
-        f"tl.store(y + t.to(tl.int64) * {k} + k, w, mask={'t_in & k_in' if tile.ragged else 't_in & (k >= 0)'})",
+        f"tl.store(y + t.to(tl.int64) * {k} + k, w, mask={'t_in & k_in' if tile.ragged else 't_in'})",
     ]
     body = "\n".join(lines)
     about = f"y[t, k] = W[ids[t], k], W [{n}, {k}] in {format}"

@@ -21,7 +21,7 @@ def finish(shape: Shape, section: Section, sums: Sequence[str], *, ragged: bool 
         masked = ", mask=n_in, other=0.0" if ragged else ""
         lines += [f"{y} += tl.load(bias + {_plus('n', start)}{masked})" for y, start in zip(sums, starts, strict=True)]
     lines.append(f"at = m.to(tl.int64) * {shape.n_out} + {_plus('n', section.column)}")
-    lines.append("inside = (m < d0) & n_in" if ragged else "inside = (m < d0) & (n >= 0)")
+    lines.append("inside = (m < d0) & n_in" if ragged else "inside = m < d0")
     y, *up = sums
     extras = iter([pointer.name for pointer in shape.extras()])
     for step in shape.epilogue:

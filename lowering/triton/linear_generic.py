@@ -238,7 +238,7 @@ class _Text:
         """A step of inputs as a product of matrices, weights on the left."""
         k, params = self.shape.k, {"compute": self.shape.compute}
         start = "k0 + " if self.looped else ""
-        inside = f"(m < d0) & (kt < {k})" if self.ragged_k else "(m < d0) & (kt >= 0)"
+        inside = f"(m < d0) & (kt < {k})" if self.ragged_k else "m < d0"
         wide = "" if self.shape.x == "f32" else ".to(tl.float32)"
         lines = [
             f"kt = {start}tl.arange(0, {self.block_k})[:, None]",

@@ -43,38 +43,37 @@ def statistics(prologue: dict[str, Any], k: int, rows: int) -> list[str]:
     Rows from d0 on, which there are not, count as zeros.
     """
     block = min(BLOCK, 1 << (k - 1).bit_length())
-    inside = "at < {k}" if k % block else "at >= 0"
-    centred = prologue["op"] == "layer_norm"
     lines = []
-
-    def over_row(row: int, what: str, start: str) -> list[str]:
-        mask = f"({inside.format(k=k)}) & ({row} < d0)"
-        return [
-            f"total = tl.zeros([{block}], tl.float32)",
-            f"for start in range(0, {k}, {block}):",
-            f"    at = start + tl.arange(0, {block})",
-            f"    value = {start.format(read=f'tl.load(x + {offset(row * k)}at, mask={mask}, other=0.0)', mask=mask)}",
-            f"    total += {what}",
-        ]
-
     for row in range(rows):
-        read = "{read}"
-        if centred:
-            lines += [*over_row(row, "value", read), f"mean{row} = tl.sum(total, 0) / {float(k)}"]
-            read = f"tl.where({{mask}}, {{read}} - mean{row}, 0.0)"
-        lines += [
-            *over_row(row, "value * value", read),
-            f"rate{row} = tl.rsqrt(tl.sum(total, 0) / {float(k)} + {prologue['eps']!r})",
-        ]
+        inside = f"(at < {k}) & ({row} < d0)" if k % block else f"{row} < d0"
+        value = f"tl.load(x + {offset(row * k)}at, mask={inside}, other=0.0)"
+        if prologue["op"] == "layer_norm":
+            lines += [*_total("value", value, k, block), f"mean{row} = tl.sum(total, 0) / {float(k)}"]
+            value = f"tl.where({inside}, {value} - mean{row}, 0.0)"
+        lines += _total("value * value", value, k, block)
+        lines.append(f"rate{row} = tl.rsqrt(tl.sum(total, 0) / {float(k)} + {prologue['eps']!r})")
     return lines
+
+
+def _total(term: str, value: str, k: int, block: int) -> list[str]:
+    """The statements that add `term` of every `value` at inputs `at`, `block` of them side by side."""
+    return [
+        f"total = tl.zeros([{block}], tl.float32)",
+        f"for start in range(0, {k}, {block}):",
+        f"    at = start + tl.arange(0, {block})",
+        f"    value = {value}",
+        f"    total += {term}",
+    ]
 
 
 def weights(prologue: dict[str, Any], mask: str) -> list[str]:
     """The statements that load the norm's tensors at inputs k; `mask` is the condition that k is one, empty where it is."""
     masked = f", mask={mask}, other=0.0" if mask else ""
-    offset = f" + {prologue['offset']!r}" if prologue.get("offset") else ""
-    lines = [f"norm_scale = tl.load(norm_weight + k{masked}){offset}"]
-    return [*lines, f"norm_shift = tl.load(norm_bias + k{masked})"] * (prologue["op"] == "layer_norm") or lines
+    plus = f" + {prologue['offset']!r}" if prologue.get("offset") else ""
+    lines = [f"norm_scale = tl.load(norm_weight + k{masked}){plus}"]
+    if prologue["op"] == "layer_norm":
+        lines.append(f"norm_shift = tl.load(norm_bias + k{masked})")
+    return lines
 
 
 def apply(prologue: dict[str, Any], x: str, row: int) -> str:

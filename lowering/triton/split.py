@@ -48,7 +48,7 @@ def add_up(
         return list(ending)
     lines = [
         f"whole = d0.to(tl.int64) * {shape.n}",
-        "inside = (m < d0) & " + (f"(n < {section.rows})" if ragged else "(n >= 0)"),
+        f"inside = (m < d0) & (n < {section.rows})" if ragged else "inside = m < d0",
     ]
     starts = [sum(shape.rows[:part]) + first for part, first in section.streams]
     for y, start in zip(sums, starts, strict=True):
