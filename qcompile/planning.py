@@ -19,7 +19,7 @@ from qcompile.original import beside
 from qcompile.passes.base import Context
 from qcompile.passes.quantize import Weights
 from qcompile.program import Module, Program
-from qcompile.report import Report
+from qcompile.report import Report, WeightRow, weight_table
 from qcompile.target import Target
 from qcompile.target import target as target_of
 
@@ -31,20 +31,14 @@ BYTES_AT_WORK = 24  # for each weight of a layer, while it is quantized and laid
 
 
 @dataclass(frozen=True)
-class PlanRow:
-    """One module's weight [n, k], as in `WeightRow`; `bytes` are those of the layout at most. `problem` is why it fails."""
+class PlanRow(WeightRow):
+    """One module's weight [n, k]; `bytes` are those of the layout at most. `problem` is why `compile` fails at it."""
 
-    path: str
-    method: str
-    format: str
-    n: int
-    k: int
-    layout: str = ""
-    bits: float = 0.0
-    bytes: int = 0
-    tier: str = ""
-    reason: str = ""
     problem: str = ""
+
+    @property
+    def why(self) -> str:
+        return self.problem or self.reason
 
 
 @dataclass(frozen=True)
@@ -70,19 +64,7 @@ class Plan:
 
     def table(self) -> Table:
         """The rows as a rich table, equal layers counted once."""
-        from rich.table import Table
-
-        groups: dict[tuple[str, ...], list[PlanRow]] = {}
-        for row in self.rows:
-            pattern = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
-            shape, bits = f"{row.n} x {row.k}", f"{row.bits:.2f}"
-            key = (pattern, shape, row.format, row.layout, bits, row.tier, row.problem or row.reason)
-            groups.setdefault(key, []).append(row)
-        table = Table("weight", "count", "shape", "format", "layout", "bits", "MB", "tier", "reason")
-        for (pattern, shape, format_, layout, bits, tier, reason), rows in groups.items():
-            size = f"{sum(row.bytes for row in rows) / 1e6:.2f}"
-            table.add_row(pattern, str(len(rows)), shape, format_, layout, bits, size, tier, reason)
-        return table
+        return weight_table(self.rows)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -170,7 +152,7 @@ def _row(
     reason = "; ".join(filter(None, (reason, why)))
     return PlanRow(
         module.path, method if quantized else "none", format_.kind, n, k, layout.kind, bits,
-        math.ceil(bits * n * k / 8) + more, _tier(layout, place), reason,
+        math.ceil(bits * n * k / 8) + more, tier=_tier(layout, place), reason=reason,
     )  # fmt: skip
 
 

@@ -58,6 +58,11 @@ class WeightRow:
     reason: str = ""
     around: str = ""
 
+    @property
+    def why(self) -> str:
+        """What a table says of the row."""
+        return self.reason
+
 
 @dataclass(frozen=True)
 class NodeRow:
@@ -184,28 +189,7 @@ class Report:
 
     def table(self) -> Table:
         """The weights as a rich table, equal layers counted once."""
-        from rich.table import Table
-
-        groups: dict[tuple[str, ...], list[WeightRow]] = {}
-        for row in self.weights.values():
-            pattern = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
-            key = (
-                pattern,
-                row.format,
-                row.layout,
-                f"{row.bits:.2f}",
-                f"{row.n} x {row.k}",
-                row.kernel,
-                row.tier,
-                row.reason,
-            )
-            groups.setdefault(key, []).append(row)
-        table = Table("weight", "count", "shape", "format", "layout", "bits", "MB", "kernel", "reason")
-        for (pattern, format_, layout, bits, shape, kernel, tier, reason), rows in groups.items():
-            size = f"{sum(row.bytes for row in rows) / 1e6:.2f}"
-            named = f"{kernel} ({tier})" if tier else kernel
-            table.add_row(pattern, str(len(rows)), shape, format_, layout, bits, size, named, reason)
-        return table
+        return weight_table(self.weights.values())
 
     def kernel_table(self) -> Table:
         """The kernels for GPUs as a rich table, one row each code."""
@@ -247,3 +231,20 @@ class Report:
             for note in self.notes:
                 console.print(f"note: {note}")
         return capture.get()
+
+
+def weight_table(rows: Iterable[WeightRow]) -> Table:
+    """The rows as a rich table, equal layers counted once."""
+    from rich.table import Table
+
+    groups: dict[tuple[str, ...], list[WeightRow]] = {}
+    for row in rows:
+        pattern = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
+        kernel = f"{row.kernel} ({row.tier})" if row.kernel and row.tier else row.kernel or row.tier
+        key = (pattern, f"{row.n} x {row.k}", row.format, row.layout, f"{row.bits:.2f}", kernel, row.why)
+        groups.setdefault(key, []).append(row)
+    table = Table("weight", "count", "shape", "format", "layout", "bits", "MB", "kernel", "reason")
+    for (pattern, shape, format_, layout, bits, kernel, why), found in groups.items():
+        size = f"{sum(row.bytes for row in found) / 1e6:.2f}"
+        table.add_row(pattern, str(len(found)), shape, format_, layout, bits, size, kernel, why)
+    return table

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from qcompile.backend import CpuBackend
+from qcompile.backend import CpuBackend, CudaBackend
 from qcompile.dtypes import DTYPES
 from qcompile.format import FORMATS, Format, Packed, format_class
+from qcompile.formats.fragments import Fragments
 from qcompile.formats.lanes import Lanes, LanesDense
+from qcompile.formats.native import Native
 from qcompile.methods.index import METHODS, method
 from qcompile.ops import activation_group
 
@@ -40,6 +42,8 @@ class Row:
     The reference backend reads every format by its formula.
     `exact` and `int8` name the tier of the CPU kernel at that accuracy: "native" (integer dot products), "lanes" (codes
     in a lane layout, float arithmetic) or "generic" (the format's formula as it is); `reason` says why it is no better.
+    `cuda` is the tier of the kernel for few rows there, of a linear that rounds no activations: "lanes" (codes in the order of
+    tensor cores), "codebook" or "generic".
     """
 
     format: str
@@ -48,6 +52,7 @@ class Row:
     bits: float
     exact: str
     int8: str
+    cuda: str
     reason: str
 
 
@@ -56,7 +61,7 @@ def rows() -> list[Row]:
     users = {name: method(name).formats for name in METHODS}
     found = []
     for kind in FORMATS:
-        if not issubclass(format_class(kind), Lanes | LanesDense):
+        if not issubclass(format_class(kind), Lanes | LanesDense | Fragments | Native):
             methods = tuple(name for name, kinds in users.items() if kind in kinds)
             found += [_row(format_class(kind)(**chosen), chosen, methods) for chosen in EXAMPLES.get(kind, ({},))]
     return found
@@ -64,13 +69,23 @@ def rows() -> list[Row]:
 
 def _row(format: Format, chosen: dict[str, Any], methods: tuple[str, ...]) -> Row:
     storage = {s.name: torch.zeros(s.shape, dtype=DTYPES[s.dtype]) for s in format.stored(ROWS, K)}
-    layout = CpuBackend().layout(Packed(format, storage, ROWS, K))
+    packed = Packed(format, storage, ROWS, K)
+    layout = CpuBackend().layout(packed)
     read = layout.packed.format
     exact = "lanes" if isinstance(read, Lanes | LanesDense) else "generic"
     problem = layout.reason or _int8_problem(read)
     parameters = ", ".join(f"{name} {value}" for name, value in chosen.items())
     int8 = exact if problem else "native"
-    return Row(format.kind, parameters, methods, format.bits_per_weight(N, K), exact, int8, problem)
+    return Row(format.kind, parameters, methods, format.bits_per_weight(N, K), exact, int8, _cuda(packed), problem)
+
+
+def _cuda(packed: Packed) -> str:
+    from qcompile.lowering.triton.codebooks import vectors
+
+    read = CudaBackend().layout(packed).packed.format
+    if isinstance(read, Fragments):
+        return "lanes"
+    return "generic" if isinstance(vectors(read, ROWS, K), str) else "codebook"
 
 
 def _int8_problem(read: Format) -> str:
@@ -87,13 +102,13 @@ def _int8_problem(read: Format) -> str:
 def markdown(table: list[Row]) -> str:
     """The rows as a Markdown table, each method a link to its source."""
     lines = [
-        "| format | method | bits a weight | reference | cpu exact | cpu int8 |",
-        "| --- | --- | ---: | --- | --- | --- |",
+        "| format | method | bits a weight | reference | cpu exact | cpu int8 | cuda |",
+        "| --- | --- | ---: | --- | --- | --- | --- |",
     ]
     for row in table:
         name = f"{row.format} ({row.parameters})" if row.parameters else row.format
         users = ", ".join(f"[{user}]" for user in row.methods)
-        cells = (name, users or "any", f"{row.bits:.2f}", "yes", row.exact, row.int8)
+        cells = (name, users or "any", f"{row.bits:.2f}", "yes", row.exact, row.int8, row.cuda)
         lines.append(f"| {' | '.join(cells)} |")
     used = {name for row in table for name in row.methods}
     return "\n".join([*lines, "", *(f"[{name}]: {method(name).source}" for name in METHODS if name in used)])

@@ -26,7 +26,7 @@ CONFIGS = [
 
 def test_every_format_has_a_row_and_somebody_who_uses_it():
     found = {row.format: row.methods for row in rows()}
-    assert found.keys() == FORMATS.keys() - {"lanes", "lanes-dense"}
+    assert found.keys() == FORMATS.keys() - {"lanes", "lanes-dense", "fragments", "native"}
     assert {kind for kind, methods in found.items() if not methods} == {"dense"}
     assert {name for methods in found.values() for name in methods} == set(METHODS)
 
@@ -51,6 +51,7 @@ def test_tiers_and_bits():
     assert (across.exact, across.int8) == ("generic", "generic")
     assert across.reason == "only 1 consecutive inputs share a scale, fewer than 8"
     assert found["dense", ""].int8 == "lanes"
+    assert {found["aqlm", ""].cuda, found["bnb4", "table nf4"].cuda} == {"codebook", "lanes"}
 
 
 def test_the_readme_shows_the_table_of_today():
