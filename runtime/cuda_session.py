@@ -174,6 +174,7 @@ class CudaSession(PlannedSession):
         binding = self._binding(plan, usual.slots)
         binding.keeps = False
         made = self._place(binding, accepted, state, {})
+        assert not binding.staged  # a copy would not see what `then` writes
         memory = (self._arena, self._counters)
 
         def unit(memory: object = memory) -> None:
