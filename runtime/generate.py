@@ -178,6 +178,8 @@ def generate(
             ended |= torch.isin(made[-1], ends)
         if put is not None:
             put(made[-1])
+    for rest in coming:
+        rest()  # a step too many still uses the memory that is given back now
     if put is not None and put is not streamer:
         cast(Any, streamer).end()
     return torch.cat([input_ids.cpu(), torch.stack(made, dim=1)], dim=1)
