@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from glue_cases import BINARY, REDUCTIONS, SMOOTH, SPECIAL, UNARY, VIEWS, values
-from gpu.triton_lowered import Interpreted
+from gpu.interpret import run
+from gpu.triton_lowered import INTERPRETED, Interpreted
 from tiny_programs import Call, program
 
 from qcompile.artifact import KernelSpec
@@ -282,6 +284,34 @@ SPECS = [
     KernelSpec("topk", {"x": "bf16", "k": 4, "largest": True, **TILE}),
     KernelSpec("cumsum", {"x": "bool", "y": "i64", **TILE | {"whole": False}}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dims"),
+    [
+        (SPECS[0], (3, 12, 20, 12)),
+        (SPECS[1], (3, 12, 20, 40, 3, 1, 12, 25, 2, 5)),
+        *((spec, (3, 36)) for spec in SPECS[2:4]),
+        (SPECS[4], (2, 3, 4, 12)),
+        *((spec, (3, 36)) for spec in SPECS[5:]),
+    ],
+    ids=lambda item: item.template if isinstance(item, KernelSpec) else "",
+)
+def test_nothing_is_written_behind_the_result_and_by_programs_past_the_end(
+    spec: KernelSpec, dims: tuple[int, ...]
+) -> None:
+    source = templates.emit(spec, INTERPRETED)
+    source = replace(source, grid=(f"{source.grid[0]} + 2", 1, 1))
+    extents = templates.extents(spec)(dims, 1)
+    sizes = [extent.elements * DTYPES[extent.dtype].itemsize for extent in extents]
+    memory = [torch.full((size + 64,), 1, dtype=torch.uint8) for size in sizes]
+    for bytes_, size in zip(memory, sizes, strict=True):
+        bytes_[:size] = 0
+    before = [item.clone() for item in memory]
+    run(source, [m[: 64 + n].view(DTYPES[e.dtype]) for m, n, e in zip(memory, sizes, extents, strict=True)], dims)
+    for old, new, size, extent in zip(before, memory, sizes, extents, strict=True):
+        assert torch.equal(old[size:], new[size:])
+        assert extent.written or torch.equal(old, new)
 
 
 @pytest.mark.parametrize("name", ["cuda:sm_80", "cuda:sm_90"])
