@@ -14,7 +14,7 @@ from qcompile import ops
 from qcompile.lowering.triton import attention
 
 assert ops
-CAPACITY = 150
+CAPACITY = 140
 SHAPES = {  # batch, heads, key heads, D, Dv, rope columns
     "one head each, padding": (2, 1, 1, 10, 20, 6),
     "groups of three": (1, 6, 2, 24, 24, 24),
@@ -25,7 +25,7 @@ KINDS = {  # window, softcap, rope, sinks
     "window, cap, sinks": (5, 2.0, False, True),
     "wide window": (70, 0.0, False, False),
 }
-PLACES = [(1, 0), (1, 5), (1, 149), (2, 0), (7, 60), (19, 3)]  # new positions, past
+PLACES = [(1, 0), (1, 139), (2, 0), (19, 60)]  # new positions, past
 FEW = [
     ("one head each, padding", "rope"),
     ("groups of three", "window, cap, sinks"),
@@ -90,7 +90,7 @@ def test_caches_of_16_bits(shape: str, dtype: torch.dtype) -> None:
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
-    for s, past in ((1, 130), (7, 60)):
+    for s, past in ((1, 70), (7, 30)):
         given = inputs(SHAPES["groups of three"], KINDS["rope"], s, past, torch.bfloat16)
         made = Interpreted(program_of(cached(*KINDS["rope"]), *given))
         results = [made(*(x.clone() for x in given)) for _ in range(2)]

@@ -15,7 +15,7 @@ from qcompile.formats.lanes import Lanes, pack_lanes
 from qcompile.formats.minifloat import E2M1
 from qcompile.program import Program
 
-EXPERTS, N, K = 5, 20, 96
+EXPERTS, N, K = 3, 20, 96
 FORMATS = {"table": Lanes(4, 32, E2M1), "affine": Lanes(4, 32, None, "f16", "f16"), "dense": Dense("bf16")}
 
 
@@ -47,42 +47,40 @@ def difference(made: Program, given: list[torch.Tensor]) -> float:
     return float((y - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [pytest.param("affine", marks=pytest.mark.full), "table", "dense"])
 def test_every_number_of_rows(format: str) -> None:
     torch.manual_seed(0)
     form = FORMATS[format]
     made, _ = experts(form, stored(form), EXPERTS, N, K, 9, bias=True, dynamic=True)
     made.model_config["torch_dtype"] = "float16"
-    for rows, limit in ((1, 2e-6), (3, 2e-6), (33, 2e-3), (131, 2e-3)):
+    for rows, limit in ((2, 2e-6), (19, 2e-3), (70, 2e-3)):
         expert = torch.randint(EXPERTS, (rows,))
         expert[expert == 1] = 2  # an expert that nobody asks
         assert difference(made, [torch.randn(rows, K), expert]) < limit
 
 
-@pytest.mark.parametrize("format", ["table", "affine"])
+@pytest.mark.parametrize("format", [pytest.param("table", marks=pytest.mark.full), "affine"])
 def test_weights_in_the_order_of_tensor_cores(format: str) -> None:
     """Whole blocks of 16 outputs are computed as a linear's; others by the format's expression."""
     torch.manual_seed(0)
     for n, tier in ((48, "lanes"), (20, "generic")):
         made, _ = experts(*in_fragments(FORMATS[format], n), EXPERTS, n, K, 9, bias=True, dynamic=True)
         made.model_config["torch_dtype"] = "float16"
-        for rows in (3, 33):
+        for rows in (3, 19):
             given = [torch.randn(rows, K), torch.randint(EXPERTS, (rows,))]
             assert difference(made, given) < 2e-3, (tier, rows)
 
 
 def test_an_expert_that_does_not_exist_shows() -> None:
     torch.manual_seed(0)
-    rows_of = stored(FORMATS["table"])
-    for made, rows in [
-        (experts(form, tensors, EXPERTS, n, K, 9, dynamic=True)[0], rows)
-        for form, tensors, n in ((FORMATS["table"], rows_of, N), (*in_fragments(FORMATS["table"], 16), 16))
-        for rows in (7, 33)
-    ]:
+    generic = (FORMATS["table"], stored(FORMATS["table"]), EXPERTS, N)
+    fragments = (*in_fragments(FORMATS["table"], 16), EXPERTS, 16)
+    for weight, rows in ((generic, 7), (generic, 17), (fragments, 7), (fragments, 17)):
+        made, _ = experts(*weight, K, 9, dynamic=True)
         x, expert = torch.randn(rows, K), torch.randint(EXPERTS, (rows,))
         wrong = expert.clone()
         wrong[2], wrong[4] = 2**40, -1
-        found, expected = Interpreted(made)(x, wrong), Interpreted(made)(x, expert)
+        found, expected = Interpreted(made)(x, wrong), run(made, x, expert)
         assert found[2].isnan().all() and found[4].isnan().all()
         right = [i for i in range(rows) if i not in (2, 4)]
-        torch.testing.assert_close(found[right], expected[right], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[right], expected[right], rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
