@@ -9,7 +9,7 @@ it rounds weights and x to the compute dtype, for tensor cores, and sums in f32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompile.artifact import Call, Extent
@@ -106,6 +106,9 @@ class _Text:
         plan = schedule.choose(
             "generic", rows, shape.k, most, max(bits, 1), target.capability, value="any", split_k=split_k
         )  # fmt: skip
+        if text.interpreted(target):
+            # It takes its time for an operation, not for an element: the fewer programs and steps the better.
+            plan = replace(plan, block_n=64, block_k=64)
         self.plan, self.block_n, self.block_k = plan, plan.block_n, plan.block_k
         self.block_m = 1 << (most - 1).bit_length() if self.few else plan.block_m
         self.ragged_k = shape.k % self.block_k != 0

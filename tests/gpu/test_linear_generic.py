@@ -109,9 +109,9 @@ def weights(*parts: tuple[Format, int], k: int) -> list[tuple[Format, int, dict[
     return [(format, n, format_cases.random_storage(format, n, k, seed)) for seed, (format, n) in enumerate(parts)]
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4])
-def test_few_rows_are_exact(m: int) -> None:
-    made, inputs = linear(weights((FOUR, 21), k=80), 80, m)
+@pytest.mark.parametrize(("m", "N"), [(1, 70), (2, 21), (3, 64), (4, 21)])
+def test_few_rows_are_exact(m: int, N: int) -> None:
+    made, inputs = linear(weights((FOUR, N), k=80), 80, m)
     assert close(made, inputs, 1e-6).kernels == ["linear-generic"]
 
 
