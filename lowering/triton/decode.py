@@ -106,7 +106,7 @@ def word_of(value: float, compute: Compute) -> int:
     >>> hex(word_of(128.0, "bf16")), hex(word_of(1024.0, "f16"))
     ('0x43004300', '0x64006400')
     """
-    (half,) = struct.unpack("<H", struct.pack("<e", value)) if compute == "f16" else (_bf16(value),)
+    half: int = struct.unpack("<H", struct.pack("<e", value))[0] if compute == "f16" else _bf16(value)
     return half * _HALVES
 
 

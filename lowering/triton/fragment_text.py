@@ -117,8 +117,13 @@ class Way:
 
     @property
     def stored_zeros(self) -> bool:
-        """Whether whole zeros are stored, which the decoding subtracts."""
-        return self.format.zero == "u8" and self.format.table is None
+        """Whether whole zeros are stored, which the decoding subtracts.
+
+        Beside planes of one bit they come in like other zeros where that is cheap: Triton would move decoded weights
+        through shared memory.
+        """
+        moved = self.most <= SKINNY and 1 in planes(self.format.bits) and not self.whole
+        return self.format.zero == "u8" and self.format.table is None and not moved
 
     @property
     def given_zero(self) -> float:

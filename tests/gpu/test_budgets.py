@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from qcompile.artifact import KernelSpec
@@ -11,6 +13,7 @@ from qcompile.formats.tables import NF4
 from qcompile.lowering.triton import sass, templates
 from qcompile.lowering.triton.budgets import budget
 from qcompile.lowering.triton.linear import Shape
+from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.toolchain import SHARED, compile_sources
 from qcompile.target import target
 
@@ -36,20 +39,29 @@ FULL = [(*case, 90) for case in REST] + [(*case, capability) for case in (*DAILY
 )
 def test_the_main_loop_is_within_its_budget(kind: str, value: str, bits: int, capability: int) -> None:
     shape = Shape((FORMATS[value, bits].to_json(),), (N,), K, x="bf16")
-    code = target(f"cuda:sm_{capability}")
-    source = templates.emit(KernelSpec("linear-fragments", shape.params(most=MOST[kind], split_k=1)), code)
+    _check(shape, MOST[kind], kind, value, bits, capability)
+
+
+def test_a_row_and_its_norm_are_within_the_budget() -> None:
+    shape = Shape((FORMATS["int", 4].to_json(),), (N,), K, prologue={"op": "rms_norm", "eps": 1e-5})
+    _check(shape, 1, "skinny", "int", 4, 90)
+
+
+def _check(shape: Shape, most: int, kind: str, value: str, bits: int, capability: int) -> None:
+    code, bounds = target(f"cuda:sm_{capability}"), budget(kind, value, bits, capability)
+    source = templates.emit(KernelSpec("linear-fragments", shape.params(most=most, split_k=1)), code)
     (made,) = compile_sources([source], code)
     assert made.launch is not None and made.launch.spills == 0 and made.launch.shared <= SHARED[capability]
-    found, rows = sass.profile(made.object), _rows(source.text)
-    bounds = budget(kind, value, bits, capability)
+    found = sass.profile(made.object)
     assert found.code.spills == 0 and found.main.tensor_cores
-    # No weight goes through shared memory a second time: each byte permutation there is decodes.
-    assert bounds is None or max(found.main.loads) >= bounds.load_bits
-    if found.main.products:  # what tensor cores of capability 10.0 do is not written in their instructions
-        spent = found.per_weight(rows)
-        assert bounds is None or spent <= bounds.instructions, f"{spent:.2f} {found.main.counts()}"
+    if bounds is not None:
+        spent = found.main.instructions / _weights(source)
+        assert max(found.main.loads) >= bounds.load_bits
+        assert spent <= bounds.instructions, f"{spent:.2f} {found.main.counts()}"
 
 
-def _rows(text: str) -> int:
-    """The rows of x in a tile, from the text that says so."""
-    return int(text.split(" outputs x ")[1].split(" rows")[0])
+def _weights(source: Source) -> float:
+    """The weights of a thread in one step, from the text that says the tile."""
+    match = re.search(r"Tiles of (\d+) outputs x \d+ rows, (\d+) inputs a step", source.text)
+    assert match is not None
+    return int(match[1]) * int(match[2]) / (32 * source.warps)
