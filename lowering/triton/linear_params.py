@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qcompile.artifact import Extent
+from qcompile.dtypes import DTYPES
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.extents import outside
 from qcompile.lowering.triton.linear import Compute, Element, Shape
@@ -102,4 +103,5 @@ def problem_of(format: Format, n: int, k: int) -> str:
         return f"bits = {bits}"
     if min(n, k) < 1 or max(n, k) > MOST or format.check(n, k):
         return f"a {format.kind} weight {[n, k]}"
-    return next((f"{s.name} {list(s.shape)}" for s in format.stored(n, k) if min(s.shape, default=1) < 1), "")
+    wrong = (s for s in format.stored(n, k) if min(s.shape, default=1) < 1 or s.dtype not in DTYPES)
+    return next((f"{s.name} {s.dtype[:40]!r} {list(s.shape)}" for s in wrong), "")

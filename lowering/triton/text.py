@@ -32,11 +32,13 @@ def module(
 
     `about` is its docstring: the formula and the schedule. `helpers` are functions that the body calls, already whole.
     """
+    # What it says may be from an artifact: nothing in it ends the docstring.
+    about = about.strip().replace("\\", "/").replace('"', "'")
     names = ", ".join([*arguments, *(f"d{i}" for i in range(dims))])
     lines = "\n".join(f"    {line}".rstrip() for line in body.strip("\n").splitlines())
     shared = (_ROUND_BF16 if interpreted(target) else "") + (f"\n\n{helpers.strip()}\n" if helpers else "")
     return (
-        f'"""{about.strip()}\n"""\n\nimport triton\nimport triton.language as tl\n{shared}\n\n'
+        f'"""{about}\n"""\n\nimport triton\nimport triton.language as tl\n{shared}\n\n'
         f"@triton.jit\ndef {entry}({names}):\n{lines}\n"
     )
 

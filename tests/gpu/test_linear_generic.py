@@ -267,6 +267,17 @@ def test_parameters_out_of_range() -> None:
         assert error.value.found == found
 
 
+def test_no_text_of_an_artifact_gets_out_of_the_docstring() -> None:
+    evil = '"""; import os; os.abort(); """'
+    for format in (Dense(evil), Bitstream(4, 1, 16, scale=evil)):
+        with pytest.raises(ArtifactError, match="kernel's parameter"):
+            templates.emit(
+                KernelSpec("dequantize", {"format": format.to_json(), "n": 4, "k": 16, "y": "f32"}), INTERPRET
+            )
+    made = text.module("kernel", evil + "\\", ["x"], 0, "pass", INTERPRET)
+    assert made.startswith("\"\"\"'''; import os; os.abort(); '''/\n\"\"\"\n\nimport triton\n")
+
+
 # -- embeddings, weights decoded by themselves --
 
 
