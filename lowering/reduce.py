@@ -15,8 +15,12 @@ from qcompile.expr import FLOATS
 from qcompile.lowering.alignment import tile
 from qcompile.lowering.base import Context, Refuse, operands
 from qcompile.lowering.extents import Element, numbers
+from qcompile.lowering.pointwise import Operand, call
+from qcompile.lowering.symbolic import Strided
 
 TEMPLATE = "reduce"
+FEW = 16  # slices
+_FOLDS = {"sum": "add", "mean": "add", "amax": "maximum", "amin": "minimum"}
 
 
 def lower_reduction(node: Node, ctx: Context) -> None:
@@ -39,10 +43,29 @@ def lower_reduction(node: Node, ctx: Context) -> None:
         raise Refuse(f"{op} of {source.dtype} elements")
     if op.startswith("arg") and source.dtype not in FLOATS:
         raise Refuse(f"{op} of {source.dtype} elements")
+    length = ctx.shape(x)[folded[0]] if len(folded) == 1 and folded != [rank - 1] else 0
+    floats = op in _FOLDS and {source.dtype, result} == {"f32"}
+    if ctx.target.backend == "cuda" and floats and isinstance(length, int) and 0 < length <= FEW:
+        slices = [source.select(folded[0], i) for i in range(length)]
+        ctx.output(node)
+        _fold_slices(ctx, op, slices, ctx.strided(node), folded[0])
+        return
     view = ctx.contiguous(source.permute([*kept, *folded]))
     dims = [times(*view.shape[: len(kept)]), times(*view.shape[len(kept) :])]
     params = {"op": op, "x": source.dtype, "y": result, **tile(ctx, dims[1])}
     ctx.emit(ctx.call(TEMPLATE, params, [view, ctx.output(node)], dims, [1]))
+
+
+def _fold_slices(ctx: Context, op: str, slices: list[Strided], target: Strided, axis: int) -> None:
+    """Few slices are folded onto each other where they lie: to put them behind one another would cost more."""
+    if len(target.shape) > len(slices[0].shape):  # keepdim
+        target = target.select(axis, 0)
+    count = len(slices)
+    ops: list[Any] = [[_FOLDS[op], "f32", [count + i - 2 if i > 1 else 0, i]] for i in range(1, count)]
+    if op == "mean":
+        ops.append(["mul", "f32", [count + len(ops) - 1, {"number": 1 / count}]])
+    views = [Operand(ctx.view(item), "f32") for item in (*slices, target)]
+    ctx.emit(call(ctx, views[:-1], views[-1:], ops, [count + len(ops) - 1]))
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,17 @@ def test_reduction(name: str) -> None:
         agrees(REDUCTIONS[name], values(*shape), rtol=1e-5, atol=1e-5)
 
 
+def test_few_slices_are_folded_where_they_lie() -> None:
+    x = values(3, 4, 37)
+    x[1, 2, 5] = math.nan
+    for function in (torch.sum, torch.mean, torch.amax, torch.amin):
+        for keep in (False, True):
+            assert agrees(lambda x, f=function, keep=keep: f(x, 1, keepdim=keep), x).kernels == ["pointwise"]
+    assert agrees(lambda x: x.sum(1), values(3, 1, 37)).kernels == ["pointwise"]
+    assert agrees(lambda x: x.sum(1), values(3, 17, 5), rtol=1e-5).kernels == ["pointwise", "reduce"]
+    agrees(lambda x: x.sum(1), values(3, 6, 5), dynamic={1: "s"}, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float16])
 def test_sum_of_narrow_elements(dtype: torch.dtype) -> None:
     x = (values(3, 45).abs() * 30).to(dtype)
