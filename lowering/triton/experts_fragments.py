@@ -59,8 +59,9 @@ class Expert(Text):
         """A block of rows a program; `chosen` are the statements that give its expert, and `token` i32 [rows], T for none."""
         n = self.shape.n
         (section,) = self.sections
-        body = ["m = tl.where(e_given == chosen, token, d0)[None, :]" if line.startswith("m = ") else line
-                for line in self._section(section)]  # fmt: skip
+        body = self._section(section)
+        (rows,) = (i for i, line in enumerate(body) if line.startswith("m = "))
+        body[rows] = "m = tl.where(e_given == chosen, token, d0)[None, :]"
         lines = [
             *chosen,
             "e_given = tl.load(expert + token, mask=token < d0, other=chosen)",
@@ -70,9 +71,8 @@ class Expert(Text):
             "wrong = ((e_given != chosen) & (token < d0))[None, :]",
             f'tl.store(y + token.to(tl.int64)[None, :] * {n} + n, float("nan"), mask=wrong & (n < {n}))',
         ]
-        return self._made(
-            "experts_grouped", pointers, about, lines, f"(d0 + {self.block_m - 1})//{self.block_m} + {self.experts}"
-        )
+        programs = f"(d0 + {self.block_m - 1})//{self.block_m} + {self.experts}"
+        return self._made("experts_grouped", pointers, about, lines, programs)
 
     def _moved(self) -> list[str]:
         """The statements that move the pointers of the weight to the expert's own."""
