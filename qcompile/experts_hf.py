@@ -42,7 +42,7 @@ def _forward(module: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weig
     hidden = _linear(module, up, each, expert)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
     y = _linear(module, down, hidden, expert)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 knows none
         y = module.post_expert_norm(y)
     return (y * top_k_weights.reshape(-1, 1)).reshape(rows, k, width).sum(1)
 
