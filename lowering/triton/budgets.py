@@ -33,15 +33,14 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("mid", "int", 3): Budget(5.5),
     ("mid", "int", 4): Budget(4.5),
     ("mid", "int", 8): Budget(5.0),
-    # Scales in f32 multiply weights one by one, not two at a time, where they multiply weights.
-    ("mid", "table", 4): Budget(8.5),
+    ("mid", "table", 4): Budget(6.5),
     ("mid", "fp", 4): Budget(5.5),
     ("mid", "fp", 8): Budget(5.5),
     ("large", "int", 4): Budget(6.0),
     ("large", "int", 8): Budget(6.0),
-    ("large", "table", 4): Budget(8.5),
+    ("large", "table", 4): Budget(7.0),
     ("large", "fp", 4): Budget(7.0),
-    ("large", "fp", 8): Budget(8.5),
+    ("large", "fp", 8): Budget(7.0),
     ("int8", "int", 8): Budget(3.0),
     ("fp8", "fp", 8): Budget(3.0),
 }

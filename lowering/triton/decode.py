@@ -12,7 +12,7 @@ slot. What their numbers are made of:
     f8          sign, exponent and mantissa at the compute dtype's places, times a power of two, exact
 
 What f8 calls infinity or NaN gives a finite number. Where scales are given, the number is multiplied by its scale, which
-rounds once.
+rounds once; where bf16 does not hold a scale, by the sum of two, whose second product is rounded too, 2^-8 of it at most.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ class Decode:
     """The decoding of one layout into operands of one dtype.
 
     `zeros` and `scales` say how many tensors of zeros and of scales are given for the 128 inputs of a tile: one for each
-    group in it, or none.
+    group in it, or none. `rest`: behind each scale in the compute dtype comes what that lacks of the stored one, likewise.
     """
 
     format: Fragments
     compute: Compute
     zeros: int = 0
     scales: int = 0
+    rest: bool = False
 
     @property
     def level(self) -> int:
@@ -89,7 +90,9 @@ class Decode:
         codes = [f"c{p}" for p in range(len(planes(self.format.bits)))]
         if not interpreted(target):
             codes += [f"table{i}" for i in range(len(self.words()))]
-        given = [*(f"zero{i}" for i in range(self.zeros)), *(f"scale{i}" for i in range(self.scales))]
+        given = [f"zero{i}" for i in range(self.zeros)]
+        for i in range(self.scales):
+            given += [f"scale{i}", *[f"rest{i}"] * self.rest]
         body = _plain(self, target) if interpreted(target) else _inline(self, [*codes, *given])
         lines = "\n".join(f"    {line}" for line in body)
         return f"@triton.jit\ndef {name}({', '.join([*codes, *given])}):\n{lines}\n"
@@ -185,7 +188,8 @@ def ptx(decode: Decode) -> Asm:
         else:
             words.append([asm.input() for _ in range(max(width // 2, 1))])
     table = [[asm.input() for _ in range(PACK)] for _ in decode.words()]  # all of a word's are alike
-    zeros, scales = ([asm.input() for _ in range(count)] for count in (decode.zeros, decode.scales))
+    zeros = [asm.input() for _ in range(decode.zeros)]
+    scales = [[asm.input() for _ in range(1 + decode.rest)] for _ in range(decode.scales)]
     _Pair(decode, asm, words, [same[0] for same in table], zeros, scales, asm.results).run()
     return asm
 
@@ -199,7 +203,7 @@ class _Pair:
     words: list[list[str]]
     table: Sequence[str]
     zeros: Sequence[str]
-    scales: Sequence[str]
+    scales: Sequence[Sequence[str]]
     outputs: Sequence[str]
     levels: dict[tuple[int, int], str] = field(default_factory=dict)
     base: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -227,8 +231,13 @@ class _Pair:
         if not self.scales:
             self._fma(a, b, c, self.outputs[slot])
             return
-        scale = self.scales[slot * len(self.scales) // SLOTS]
-        self._fma(self._fma(a, b, c), scale, -0.0, self.outputs[slot])
+        self._scaled(slot, self._fma(a, b, c))
+
+    def _scaled(self, slot: int, value: str) -> None:
+        """The value times its scale is the slot's result: its only rounding that counts."""
+        scale, *rest = self.scales[slot * len(self.scales) // SLOTS]
+        small = self._fma(value, rest[0], -0.0) if rest else -0.0
+        self._fma(value, scale, small, self.outputs[slot])
 
     def _integer(self, slot: int) -> None:
         decode, asm = self.decode, self.asm
@@ -302,8 +311,7 @@ class _Pair:
                     if not self.scales:
                         asm.do("prmt.b32", low, high, selector, to=self.outputs[slot])
                         continue
-                    value = asm.do("prmt.b32", low, high, selector)
-                    self._fma(value, self.scales[slot * len(self.scales) // SLOTS], -0.0, self.outputs[slot])
+                    self._scaled(slot, asm.do("prmt.b32", low, high, selector))
 
     def _bytes(self, table: Sequence[str], eight: str, upper: str) -> str:
         """The entries of a table of 16 bytes at four indices."""
@@ -344,7 +352,8 @@ def _plain(decode: Decode, target: Target) -> list[str]:
         if decode.zeros:
             lines.append(f"value = value - zero{slot * decode.zeros // SLOTS}")
         if decode.scales:
-            lines.append(f"value = value * scale{slot * decode.scales // SLOTS}")
+            which = slot * decode.scales // SLOTS
+            lines.append("value = value * " + (f"(scale{which} + rest{which})" if decode.rest else f"scale{which}"))
         rounded = "round_bf16(value)" if decode.compute == "bf16" else "value.to(tl.float16).to(tl.float32)"
         lines.append(f"p{slot} = {rounded}")
     return [*lines, f"return {', '.join(f'p{slot}' for slot in range(SLOTS))}"]

@@ -103,7 +103,8 @@ class Way:
     @property
     def packed(self) -> bool:
         """Whether scales multiply pairs of weights in the compute dtype."""
-        return not (self.whole or self.on_sums or self.shifted) and self._exact
+        # bf16 has the range of f32: two of them are a scale but for a 2^-17th.
+        return not (self.whole or self.on_sums or self.shifted) and (self._exact or self.compute == "bf16")
 
     @property
     def _exact(self) -> bool:
@@ -150,7 +151,7 @@ class Way:
     @property
     def decoder(self) -> Decode:
         """How codes become operands."""
-        return replace(self.decode, scales=self.pieces if self.packed else 0)
+        return replace(self.decode, scales=self.pieces, rest=not self._exact) if self.packed else self.decode
 
 
 class Text:
@@ -416,9 +417,14 @@ class _Stream:
                 given.append(f"tl.broadcast_to(({zero})[:, None], {tile})")
         if way.packed:
             for piece in range(way.pieces):
-                scale = text.cast(self._number("scales", u, piece), way.compute, kernel.target)
-                scale = f"({scale}).to(tl.float32)" if text.interpreted(kernel.target) else scale
-                given.append(f"tl.broadcast_to(({scale})[:, None], {tile})")
+                rounded = {"compute": way.compute}
+                scale, parts = self._number("scales", u, piece), [f"scale{piece}"]
+                lines.append(f"scale{piece} = {text.dot_operand(scale, rounded, kernel.target)}")
+                if way.decoder.rest:
+                    parts.append(f"rest{piece}")
+                    rest = f"{scale} - scale{piece}.to(tl.float32)"
+                    lines.append(f"rest{piece} = {text.dot_operand(rest, rounded, kernel.target)}")
+                given += [f"tl.broadcast_to({part}[:, None], {tile})" for part in parts]
         slots = [f"p{slot}{s}" for slot in range(SLOTS)]
         lines.append(f"{', '.join(slots)} = decode{self.part}({', '.join(given)})")
         if not (way.whole or way.on_sums or way.packed):

@@ -120,3 +120,12 @@ def test_the_layout_in_the_test_is_the_format() -> None:
     content = Content({}, _codes(4), torch.ones(16, 1), None, None, None)
     tensors = pack_fragments(format, content, content.scale)
     assert torch.equal(dequantize(format, tensors, 16, 128), _decoded(Decode(format, "bf16"), _codes(4), []))
+
+
+def test_a_scale_in_two_parts_rounds_like_one() -> None:
+    codes, scale = _codes(8), torch.rand(16) + 0.1
+    parts = [scale.bfloat16().float(), (scale - scale.bfloat16().float()).bfloat16().float()]
+    got = _decoded(Decode(Fragments(8, 128, zero=128.0), "bf16", scales=1, rest=True), codes, parts)
+    exact = (codes.double() - 128) * scale[:, None].double()
+    assert ((got - exact).abs() <= exact.abs() * (2.0**-8 + 2.0**-16)).all()
+    assert (got == exact.float().bfloat16().float()).double().mean() > 0.99
