@@ -45,6 +45,12 @@ def _result(operation: str, args: list[np.ndarray]) -> np.ndarray:
             return args[0]
         case "and.b32":
             return args[0] & args[1]
+        case "or.b32":
+            return args[0] | args[1]
+        case "xor.b32":
+            return args[0] ^ args[1]
+        case "sub.s32":
+            return args[0] - args[1]
         case "shr.b32":
             return args[0] >> args[1]
         case "shl.b32":
