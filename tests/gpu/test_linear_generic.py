@@ -352,7 +352,7 @@ def test_an_index_that_is_data_stays_inside() -> None:
 # -- machine code --
 
 COMPILED = {
-    "few": Shape((FOUR.to_json(),), (96,), 256, prologue=RMS, epilogue=(GLU,)).params(most=1, split_k=1),
+    "few": Shape((FOUR.to_json(),), (150,), 256, prologue=RMS, epilogue=(GLU,)).params(most=1, split_k=2),
     "many": Shape((Bnb4().to_json(),), (64,), 256, bias=True).params(most=32, split_k=2),
     "parts": Shape((Fp8(columns=16).to_json(), Dense("bf16").to_json()), (67, 5), 80, compute="f16").params(
         most=2048, split_k=1
