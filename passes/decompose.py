@@ -12,12 +12,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.ops import parse_transform
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.graph import args_of, erase_unused, fake_mode, inherit, is_call, substitute, value
+from qcompile.passes.graph import (
+    args_of,
+    call,
+    erase_unused,
+    fake_mode,
+    inherit,
+    is_call,
+    substitute,
+    tensor_node,
+    unused_name,
+    value,
+)
 from qcompile.passes.linears import Linear, linears
 from qcompile.program import Program
 from qcompile.transform import transform_from_json
+from qcompile.transforms.sparse import Sparse
 
-qc = torch.ops.qcompile
+aten, qc = torch.ops.aten, torch.ops.qcompile
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,9 @@ class Decompose(Pass):
         count = sum(self._take_in(linear, ctx) for linear in linears(program))
         for node in program.graph.graph.find_nodes(op="call_function", target=qc.transform.default):
             x, stored, text = node.args
-            if ctx.backend.transform(transform_from_json(json.loads(text))):
+            transform = transform_from_json(json.loads(text))
+            if ctx.backend.transform(transform):
+                count += isinstance(transform, Sparse) and self._reorder(program, node, ctx)
                 continue
             if not ctx.take():
                 break
@@ -63,6 +77,22 @@ class Decompose(Pass):
         substitute(linear.node, taken.written(linear.node, self.name))
         erase_unused(chain)
         return len(chain)
+
+    def _reorder(self, program: Program, node: Node, ctx: Context) -> bool:
+        """A sparse matrix behind inputs in another order reads them where they are: its columns are renamed."""
+        x, (row, column, number), text = args_of(node)
+        if not is_call(x, aten.index_select.default) or args_of(x)[1] not in (-1, value(x).dim() - 1):
+            return False
+        order = args_of(x)[2]
+        if order.op != "get_attr" or column.op != "get_attr" or not ctx.take():
+            return False
+        name = column.meta["tensor"]
+        renamed = program.tensors[order.meta["tensor"]][program.tensors[name].long()].to(torch.int32)
+        held = tensor_node(program, unused_name(program, f"{name}.reordered"), renamed)
+        made = call(node, qc.transform.default, (args_of(x)[0], [row, held, number], text), self.name)
+        substitute(node, made)
+        erase_unused([x])
+        return True
 
     def _trace(self, program: Program, x: torch.Tensor, stored: list[torch.Tensor], text: str) -> Graph:
         def eager(x: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
