@@ -25,6 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks import gpu_formats, gpu_layers, gpu_models, machine  # noqa: E402
 from benchmarks.gpu_weights import KINDS  # noqa: E402
+from qcompile.errors import QCompileError  # noqa: E402
 from qcompile.runtime.cuda import CudaDevice  # noqa: E402
 from qcompile.target import target as target_of  # noqa: E402
 
@@ -158,7 +159,11 @@ def describe(gpu: gpu_layers.Machine, target: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
-    device, target, start = CudaDevice(), target_of("cuda").name, time.perf_counter()
+    try:
+        device, target, start = CudaDevice(), target_of("cuda").name, time.perf_counter()
+    except QCompileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     gpu = gpu_layers.measured(device)
     result: dict[str, Any] = {"machine": describe(gpu, target)}
     print(json.dumps(result["machine"], indent=1), flush=True)

@@ -57,16 +57,24 @@ def test_decoding_first_is_the_same_weight():
         assert gpu_layers.distance(y, x.double() @ kind.dense(weights).double().T) < gpu_layers.BOUND
 
 
-def test_the_checks_pass_in_the_interpreter_and_one_that_fails_is_said(capsys):
-    case = gpu_formats.cases(every=False)[0]
-    found = gpu.check(
-        INTERPRET.name, CPU, open_session, prepare, layers=[("nf4", 24, 64), ("no such", 1, 1)], rows=(1, 5),
-        formats=[case], models=["int8"], shape=TINY, tokens=(3, 2),
-    )  # fmt: skip
+def checked(**which: object) -> gpu.Failures:
+    nothing = {"layers": [], "formats": [], "models": [], "shape": TINY, "tokens": (3, 2)}
+    return gpu.check(INTERPRET.name, CPU, open_session, prepare, rows=(1, 5), **(nothing | which))
+
+
+def test_layers_are_checked_in_the_interpreter_and_one_that_fails_is_said(capsys):
+    found = checked(layers=[("nf4", 24, 64), ("no such", 1, 1)], formats=gpu_formats.cases(every=False)[:1])
     text = capsys.readouterr().out
     assert [row["what"] for row in found.rows if not row["ok"]] == ["no such 1x1"]
-    assert "nf4 24x64 M=5" in text and "FAIL no such 1x1: KeyError" in text
-    assert sum("int8, 1 layers" in row["what"] for row in found.rows) == 3
+    assert "nf4 24x64 M=5" in text and "gptq 33x64" in text and "FAIL no such 1x1: KeyError" in text
+
+
+@pytest.mark.full
+def test_models_are_checked_in_the_interpreter():
+    found = checked(models=["int8"])
+    assert found.failed == 0 and [row["what"].split(", ")[2] for row in found.rows] == [
+        "prefill", "decode", "tokens of two runs that differ",
+    ]  # fmt: skip
 
 
 def test_a_wrong_result_fails():
@@ -119,3 +127,9 @@ def test_options():
     full = gpu.options_of([])
     assert full.shapes == gpu_layers.SHAPES and list(full.kinds) == list(KINDS)
     assert json.dumps(vars(full), default=str)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu.main(["--check-only"]) == 2
+    assert "error: this machine has no NVIDIA" in capsys.readouterr().err
