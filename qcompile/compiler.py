@@ -93,6 +93,12 @@ def compile(
     program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     report = program.report
     report.target, report.accuracy = place.name, accuracy
+    if accuracy == "int8" and place.backend != "cpu":
+        if strict:
+            raise ConfigError(
+                "this target computes exactly", where="accuracy", found="'int8'", expected=f"'exact' for {place.name}"
+            )
+        report.note(f"accuracy 'int8' is for CPUs: on {place.name} linears compute exactly")
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
     backend = backend_for(place, accuracy, compute_dtype(program))

@@ -96,7 +96,7 @@ def _add(writer: Any, family: Family, config: Mapping[str, Any], title: str, ten
     if family.paired_rows and old in ("blk.#.attn_q", "blk.#.attn_k"):
         heads = config["num_attention_heads"]
         heads = heads if old.endswith("q") else config.get("num_key_value_heads") or heads
-        tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
     if family.transposed and layer and end == "weight" and "norm" not in old and not encoding:
         tensor = tensor.t()
     place = f"{old.replace('#', str(layer))}.{end}"

@@ -13,8 +13,8 @@ from qcompile.evaluate import Reader, dequantize, row_chunks
 from qcompile.expr import FLOATS, Expr, walk
 from qcompile.format import Format, Names, Packed, format_from_json
 from qcompile.formats.affine import Affine
-from qcompile.formats.dense import Dense
 from qcompile.formats.coded import Coded
+from qcompile.formats.dense import Dense
 from qcompile.simplify import coordinates, interval, simplify
 from qcompile.transform import Applied, transform_from_json
 

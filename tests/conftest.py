@@ -6,7 +6,7 @@ import os
 
 import torch
 
-# Triton decides once, when it is imported, whether kernels are interpreted; those that are compiled are so in processes of their own.
+# Triton decides when it is imported whether kernels are interpreted; those that are compiled are so in processes of their own.
 os.environ["TRITON_INTERPRET"] = "1"
 
 # The test processes fill the machine already: threads that wait for each other make torch's own operators 30 times slower.

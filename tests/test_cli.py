@@ -140,7 +140,9 @@ def test_bench_times_a_language_model(artifact):
 
 
 def test_formats_and_targets():
-    assert "| bnb4 (table nf4) | [bitsandbytes] | 4.50 | yes | lanes | native | lanes |" in run("formats")[0].splitlines()
+    assert (
+        "| bnb4 (table nf4) | [bitsandbytes] | 4.50 | yes | lanes | native | lanes |" in run("formats")[0].splitlines()
+    )
     rows = json.loads(run("formats", "--json")[0])
     assert {"format": "eetq", "methods": ["eetq"], "exact": "lanes"}.items() <= next(
         row for row in rows if row["format"] == "eetq"

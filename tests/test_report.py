@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from qcompile.errors import InternalError
+import qcompile
+from qcompile.errors import ConfigError, InternalError
 from qcompile.report import Fallback, NodeRow, Refusal, Report, WeightRow
 
 
@@ -55,3 +57,15 @@ def test_text_counts_equal_layers_once() -> None:
     assert "layers.*.q" in text and "layers.0.q" not in text
     assert "4 weights, 0.0 MB" in text and "through ATen, 1 x aten.conv2d.default: no rule" in text
     assert "note: awq config, version: gemm" in text
+
+
+def test_an_accuracy_that_the_target_does_not_have_is_said():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    config, rows = {"quant_method": "gguf", "encoding": "q8_0"}, (torch.randn(2, 64),)
+    made = qcompile.compile(model, config, target="reference", example_inputs=rows, accuracy="int8")
+    assert "accuracy 'int8' is for CPUs: on reference linears compute exactly" in made.report.notes
+    with pytest.raises(ConfigError) as error:
+        qcompile.compile(model, config, target="reference", example_inputs=rows, accuracy="int8", strict=True)
+    assert str(error.value) == (
+        "this target computes exactly\n  where:    accuracy\n  found:    'int8'\n  expected: 'exact' for reference"
+    )

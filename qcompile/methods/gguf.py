@@ -46,8 +46,8 @@ class GgufConfig(MethodConfig):
 class Gguf(Method):
     """quant_method "gguf".
 
-    A checkpoint out is one file, model.gguf, of the architectures that GGUF files are read of (Llama, Mistral, Qwen2, Qwen3, GPT-2). It
-    has no tokenizer in it: its `tokenizer.ggml.model` is "no_vocab".
+    A checkpoint out is one file, model.gguf, of an architecture that GGUF files are read of (Llama, Mistral, Qwen2, Qwen3,
+    GPT-2). It has no tokenizer in it: its `tokenizer.ggml.model` is "no_vocab".
     """
 
     name = "gguf"
