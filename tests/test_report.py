@@ -9,7 +9,7 @@ import torch
 
 import qcompile
 from qcompile.errors import ConfigError, InternalError
-from qcompile.report import Fallback, NodeRow, Refusal, Report, WeightRow
+from qcompile.report import Fallback, KernelRow, LaunchRow, NodeRow, Refusal, Report, WeightRow
 
 
 def filled() -> Report:
@@ -69,3 +69,14 @@ def test_an_accuracy_that_the_target_does_not_have_is_said():
     assert str(error.value) == (
         "this target computes exactly\n  where:    accuracy\n  found:    'int8'\n  expected: 'exact' for reference"
     )
+
+
+def test_kernels_for_gpus_are_listed_with_their_schedule_and_machine_code() -> None:
+    report = filled()
+    assert "instr/weight" not in str(report)
+    report.kernels.append(KernelRow("linear_1a", "sm_90", "lanes", (64, 8, 256), 2, 3, 96, 0, 33024, 2.34))
+    report.launches.append(LaunchRow("model.layers.*", 30, 6, 1))
+    text = str(report)
+    assert "64 x 8 x 256" in text and "33024" in text and "2.34" in text
+    assert "30 x model.layers.*: 6 kernels a token and 1 operators of ATen" in text
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
