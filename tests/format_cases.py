@@ -27,6 +27,7 @@ from qcompile.formats import (
     lanes,
     minifloat,
     mlx,
+    native,
     quanto,
     quark,
     sinq,
@@ -101,6 +102,10 @@ CASES: list[tuple[Format, int, int]] = [
     (gemma.Gemma(2, 24, "bf16"), 5, 72),
     *((fp_quant.FpQuant(dtype), 130, 96) for dtype in ("nvfp4", "mxfp4")),
     *((lanes.Lanes(bits, 24, None, "f16", "f16", "each-f16"), 19, 72) for bits in range(1, 9)),
+    (native.Native(), 5, 40),
+    (native.Native("int", 4, 8, 128, 128), 6, 256),
+    (native.Native("int", 2, 1, 128), 6, 200),
+    (native.Native("f8e4m3", group=32, rows=4), 9, 64),
     (lanes.Lanes(4, 8, NF4), 16, 40),
     (lanes.Lanes(5, 11, None, 16.0, "bf16", "product-bf16", "f32", 0.5), 3, 33),
     *(
