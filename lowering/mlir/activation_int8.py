@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from qcompile.artifact import Extent
 from qcompile.lowering.extents import numbers, outside
+from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.mlir.linear import norm_count
-from qcompile.lowering.mlir.linear_params import Norm
 from qcompile.lowering.mlir.prologue import open_row
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.ops import SMALLEST_ACTIVATION

@@ -19,6 +19,7 @@ from qcompile.experts import ExpertsSpec
 from qcompile.format import format_from_json
 from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.experts import lower_noted, only_part
 from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.mlir import linear_gemv
 from qcompile.lowering.mlir.linear import LANES, Shape
@@ -110,32 +111,16 @@ class _Experts(Gemv):
 
 def lower_experts(node: Node, ctx: Context) -> None:
     """`qcompile.experts` as one call, where its weight is one part and each expert has whole blocks of outputs."""
-    try:
-        kernel, tier = _lower(node, ctx)
-    except Refuse as refusal:
-        _note(node, ctx, kernel=str(node.target), tier="aten", reason=str(refusal))
-        raise
-    _note(node, ctx, kernel=kernel, tier=tier)
-
-
-def _note(node: Node, ctx: Context, **what: str) -> None:
-    """The row of the weight in the report; its parts have none."""
-    path, report = node.meta.get("module", ""), ctx.program.report
-    if path in report.weights:
-        report.update_weight(path, **what)
+    lower_noted(node, ctx, _lower)
 
 
 def _lower(node: Node, ctx: Context) -> tuple[str, str]:
     """Emits the call; its kernel and tier."""
     x, expert, stored, bias, text = cast("tuple[Node, Node, list[Node], Node | None, str]", node.args)
     spec = ExpertsSpec.from_text(text)
-    if ctx.dtype(node) != "f32":
-        raise Refuse(f"the kernel writes f32, not {ctx.dtype(node)}")
-    if len(spec.parts) != 1:
-        raise Refuse(f"the weight is in {len(spec.parts)} parts")
+    part = only_part(node, ctx, spec)
     if spec.n % LANES:
         raise Refuse(f"{spec.n} outputs of each expert are no multiple of {LANES}")
-    (part,) = spec.parts
     size = None if isinstance(format_from_json(part.format), Lanes | LanesDense) else (part.n, spec.k)
     if size is not None and (problem := format_problem(format_from_json(part.format), size)):
         raise Refuse(f"no text for {problem}")

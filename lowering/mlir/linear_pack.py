@@ -13,8 +13,8 @@ from typing import Any
 from qcompile.artifact import Extent
 from qcompile.dims import Dim, plus, times
 from qcompile.lowering.extents import numbers, outside
+from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.mlir.linear import LANES, norm_count
-from qcompile.lowering.mlir.linear_params import Norm
 from qcompile.lowering.mlir.prologue import Row, open_row
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.target import Target

@@ -6,41 +6,19 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qcompile.artifact import Extent
 from qcompile.format import Format, format_from_json
 from qcompile.formats.affine import ROUNDINGS
 from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.lowering.extents import outside, require
+from qcompile.lowering.linear_steps import Ending, Norm
 from qcompile.lowering.mlir.linear import LANES
 from qcompile.lowering.mlir.memory import ELEMENTS, FLOATS
 from qcompile.lowering.render import check
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]
 MOST_ROWS = 16  # of x that a kernel's text is unrolled for
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A prologue, as in `LinearSpec`."""
-
-    op: Literal["rms_norm", "layer_norm"]
-    eps: float
-    offset: float = 0.0
-
-    @staticmethod
-    def extents(norm: Norm | None, k: int) -> list[Extent]:
-        """Of its tensors."""
-        return [Extent("f32", k)] * (0 if norm is None else 1 + (norm.op == "layer_norm"))
-
-
-@dataclass(frozen=True)
-class Ending:
-    """A step of the epilogue, as in `LinearSpec`."""
-
-    op: Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "add", "mul", "glu"]
-    act: Activation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from qcompile.artifact import Extent
 from qcompile.formats.native import native_codes
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton.linear_params import Norm
+from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
 from qcompile.lowering.triton.transforms import ELEMENTS, Row, helpers

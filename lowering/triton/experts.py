@@ -20,6 +20,7 @@ from qcompile.artifact import Call, Extent
 from qcompile.experts import ExpertsSpec
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.experts import lower_noted, only_part
 from qcompile.lowering.extents import outside
 from qcompile.lowering.triton.experts_fragments import shape_of
 from qcompile.lowering.triton.linear import Compute, Pointer, Shape, compute_dtype
@@ -132,30 +133,14 @@ def weights(params: Params, block_n: int, block_k: int, target: Target, taken: s
 
 def lower_experts(node: Node, ctx: Context) -> None:
     """`qcompile.experts`, where its weight is in one format."""
-    try:
-        kernel, tier = _lower(node, ctx)
-    except Refuse as refusal:
-        _note(node, ctx, kernel=str(node.target), tier="aten", reason=str(refusal))
-        raise
-    _note(node, ctx, kernel=kernel, tier=tier)
-
-
-def _note(node: Node, ctx: Context, **what: str) -> None:
-    """The row of the weight in the report; its parts have none."""
-    path, report = node.meta.get("module", ""), ctx.program.report
-    if path in report.weights:
-        report.update_weight(path, **what)
+    lower_noted(node, ctx, _lower)
 
 
 def _lower(node: Node, ctx: Context) -> tuple[str, str]:
     """Emits the calls; the kernel of few rows and its tier."""
     x, expert, stored, bias, text = cast("tuple[Node, Node, list[Node], Node | None, str]", node.args)
     spec = ExpertsSpec.from_text(text)
-    if ctx.dtype(node) != "f32":
-        raise Refuse(f"the kernels write f32, not {ctx.dtype(node)}")
-    if len(spec.parts) != 1:
-        raise Refuse(f"the weight is in {len(spec.parts)} parts")
-    (part,) = spec.parts
+    part = only_part(node, ctx, spec)
     compute = compute_dtype(ctx.program)
     one = Params(part.format, spec.experts, spec.n, spec.k, bias is not None, compute, 1)
     if problem := one.problem():

@@ -15,11 +15,12 @@ from qcompile.artifact import Call, Extent, View
 from qcompile.formats.dense import Dense
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
+from qcompile.lowering.linear_steps import Ending
 from qcompile.lowering.triton import activation_calls, dequantize, text
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
 from qcompile.lowering.triton.linear import Pointer, Request, Section, Shape, types
-from qcompile.lowering.triton.linear_params import Ending, problem_of
+from qcompile.lowering.triton.linear_params import problem_of
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.weights import Tables
 from qcompile.row_transforms import problem

@@ -5,38 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qcompile.artifact import Extent
 from qcompile.dtypes import DTYPES
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.extents import outside
+from qcompile.lowering.linear_steps import Ending, Norm
 from qcompile.lowering.triton.linear import Compute, Element, Shape
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]
 MOST = 2**31 - 1  # N, K and M are i32
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A prologue, as in `LinearSpec`."""
-
-    op: Literal["rms_norm", "layer_norm"]
-    eps: float
-    offset: float = 0.0
-
-    @staticmethod
-    def extents(norm: Norm | None, k: int) -> list[Extent]:
-        """Of its tensors."""
-        return [Extent("f32", k)] * (0 if norm is None else 1 + (norm.op == "layer_norm"))
-
-
-@dataclass(frozen=True)
-class Ending:
-    """A step of the epilogue, as in `LinearSpec`."""
-
-    op: Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "add", "mul", "glu"]
-    act: Activation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
