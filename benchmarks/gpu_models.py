@@ -15,7 +15,7 @@ from torch import nn
 
 import qcompile
 from benchmarks.gpu_layers import distance
-from benchmarks.gpu_weights import KINDS, Given, GivenConfig, Kind
+from benchmarks.gpu_weights import KINDS, Given, Kind, as_given
 from qcompile.runtime.model import CompiledModel
 
 BOUND = 0.03
@@ -68,7 +68,7 @@ def llama(shape: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Any:
 def packed(model: Any, kind: Kind, target: str, **options: Any) -> CompiledModel:
     """The model compiled with random weights of `kind`, equal ones wherever the shape is equal."""
     Given.weights["model"] = functools.cache(lambda n, k: kind.packed(kind.random(n, k)))
-    return qcompile.compile(model, GivenConfig(key="model"), target=target, **options)
+    return qcompile.compile(model, as_given("model"), target=target, **options)
 
 
 def exact(model: Any, kind: Kind, device: torch.device) -> Any:

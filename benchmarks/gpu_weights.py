@@ -145,7 +145,10 @@ class GivenConfig(MethodConfig):
 
 
 class Given(Method):
-    """A quantization method whose weights were handed to it: `weights[key](N, K)` is the packed weight of any layer."""
+    """A quantization method whose weights were handed to it: `weights[key](N, K)` is the packed weight of any layer.
+
+    `as_given` makes its configs.
+    """
 
     name = "given"
     source = "benchmarks/gpu_weights.py"
@@ -167,7 +170,10 @@ class Given(Method):
         return self.weights[config.key](module.n, module.k)
 
 
-register_method(Given)
+def as_given(key: str) -> GivenConfig:
+    """The config for what lies under `key`; the method is known from now on."""
+    register_method(Given)
+    return GivenConfig(key=key)
 
 
 class Layer(nn.Module):
@@ -187,6 +193,6 @@ def compiled(packed: Packed, target: str, most: int = 4096, **options: Any) -> A
     Given.weights["layer"] = lambda n, k: packed
     rows = {0: torch.export.Dim("m", min=1, max=most)}
     return qcompile.compile(
-        Layer(packed.N, packed.K), GivenConfig(key="layer"), target=target,
+        Layer(packed.N, packed.K), as_given("layer"), target=target,
         example_inputs=(torch.randn(8, packed.K),), dynamic_shapes={"x": rows}, strict=True, **options,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gpu.device import Interpreter
 from benchmarks import gpu, gpu_formats, gpu_layers, gpu_models, gpu_rivals
 from benchmarks.gpu_weights import KINDS
 from qcompile.evaluate import dequantize
+from qcompile.methods.index import METHODS
 from qcompile.runtime.codes import one_code
 from qcompile.runtime.cuda_session import CudaSession
 from qcompile.runtime.model import CompiledModel
@@ -21,6 +23,13 @@ TINY = {
     **gpu_models.SMOLLM2, "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_method_stays() -> Iterator[None]:
+    yield
+    METHODS.pop("given", None)
+    METHODS._added.pop("given", None)
 
 
 def open_session(model: CompiledModel) -> CudaSession:

@@ -129,6 +129,7 @@ ONE_EACH = {case[0].kind: (case, name) for case, name in zip(CASES, IDS, strict=
 @pytest.mark.parametrize(("format", "n", "k"), [c for c, _ in ONE_EACH.values()], ids=[i for _, i in ONE_EACH.values()])
 def test_any_format(format, n: int, k: int) -> None:
     """The generic tier, and rows of an embedding, which are bit for bit what the format says."""
+    torch.manual_seed(0)  # with three outputs, the greatest may be small
     tensors = random_storage(format, n, k)
     ids = torch.tensor([[n - 1, 0], [n // 2, n - 1]])
     made = embedding(format, n, k, tensors, ids)
