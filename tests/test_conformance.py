@@ -11,13 +11,13 @@ from checkpoints import folders
 
 
 def _cases() -> list[Any]:
-    """Every checkpoint on every target; those on a CPU beside the first and the last of a method are marked "full"."""
+    """Every checkpoint on every target; those on a CPU beside the last of a method are marked "full"."""
     cases, every = [], folders("")
     methods = [folder.name.split("-")[0] for folder in every]
     for i, folder in enumerate(every):
-        inside = 0 < i < len(every) - 1 and methods[i - 1] == methods[i] == methods[i + 1]
+        more = i < len(every) - 1 and methods[i] == methods[i + 1]
         cases.append(pytest.param(folder, "reference", id=f"{folder.name}-reference"))
-        cases.append(pytest.param(folder, "cpu", id=f"{folder.name}-cpu", marks=[pytest.mark.full] if inside else []))
+        cases.append(pytest.param(folder, "cpu", id=f"{folder.name}-cpu", marks=[pytest.mark.full] if more else []))
     return cases or [pytest.param(None, "", marks=pytest.mark.skip(reason="no checkpoints on this machine"))]
 
 

@@ -51,7 +51,11 @@ def test_llama_cpp_reads_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "to", "encoding"),
-    [(4, "gguf", "q4_1"), (4, {"quant_method": "gguf", "encoding": "q4_0"}, "q4_0"), (8, "gguf", "q8_0")],
+    [
+        (4, {"quant_method": "gguf", "encoding": "q4_0"}, "q4_0"),
+        pytest.param(4, "gguf", "q4_1", marks=pytest.mark.full),
+        pytest.param(8, "gguf", "q8_0", marks=pytest.mark.full),
+    ],
 )
 def test_gptq_becomes_gguf(bits: int, to: Any, encoding: str, tmp_path: Path) -> None:
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True}

@@ -228,6 +228,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "dequantize": ([blocks(Q8_0(), 5, 64)], Q8, 5, 64),
     "embedding": (torch.tensor([[1, 2], [4, 4]]), [blocks(Q8_0(), 5, 64)], Q8, 5, 64),
     "linear": (random(2, 3, 64), [blocks(Q8_0(), 4, 64)], [random(4)], spec_of([(Q8_0(), 4, [Q8])], 64, bias=True)[0]),
+    "matmul": (random(3, 16).bfloat16(), random(5, 16).bfloat16()),
     "attention": (random(2, 4, 6, 8), random(2, 2, 6, 8), random(2, 2, 6, 5), 0.3, True, 2, 1.0, random(4)),
     "experts_linear": (random(3, 8), torch.tensor([1, 0, 1]), random(2, 8, 5), random(2, 5), True),
     "experts": (

@@ -29,6 +29,7 @@ def names():
     return {"input_ids": torch.tensor([[5, 6, 7]])}
 
 
+@pytest.mark.xdist_group("readme")  # in one process, in order
 @pytest.mark.parametrize("text", BLOCKS, ids=lambda text: text.split("\n")[0])
 def test_blocks_run(text, place, names, monkeypatch, capsys):
     monkeypatch.chdir(place)
