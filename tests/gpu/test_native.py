@@ -171,7 +171,7 @@ def test_parts_of_k_are_added_in_order(format: Format, rounding: Transform) -> N
     run(source, [codes, y, *packed.tensors.values(), bias, scales, parts, arrivals], [2])
     weight = dequantize(packed.format, packed.tensors, 20, 256)
     expected = torch.nn.functional.linear(rounding.apply(x, {}), weight, bias)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-4)
     assert not arrivals.any() and len(templates.extents(linear)((2,), 1)) == len(source.pointers)
 
 
