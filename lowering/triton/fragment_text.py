@@ -183,19 +183,7 @@ class Text:
     def source(self) -> Source:
         tiles = [-(-section.rows // self.block_n) for section in self.sections]
         bodies = [self._section(section) for section in self.sections]
-        lines, parts = ["tile = tl.program_id(0)"], ""
-        if len(bodies) == 1:
-            lines += bodies[0]
-        else:
-            names, first = ", ".join([*self.names, "d0"]), 0
-            for part, (body, count) in enumerate(zip(bodies, tiles, strict=True)):
-                made = "\n".join(f"    {line}" for line in body)
-                parts += f"\n\n\n@triton.jit\ndef part{part}(tile, {names}):\n{made}"
-                lines += [
-                    f"if (tile >= {first}) & (tile < {first + count}):",
-                    f"    part{part}(tile - {first}, {names})",
-                ]
-                first += count
+        lines, parts = text.dispatch(bodies, tiles, [*self.names, "d0"])
         entry = f"linear_{kind_of(self.most)}"
         helpers = self._helpers("\n".join(line for body in bodies for line in body)) + parts
         made = text.module(entry, self._about(), self.names, 1, "\n".join(lines), self.target, helpers)

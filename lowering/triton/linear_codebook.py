@@ -73,8 +73,7 @@ class Params(LinearParams):
             or outside(
                 self,
                 most=1 <= self.most <= MOST,
-                split_k=self.split_k == 1
-                or (1 < self.split_k <= 16 and self.k % (self.split_k * schedule.GRANULE) == 0),
+                split_k=schedule.may_split(self.k, self.split_k),
                 prologue=self.prologue is None,
             )
             or next(
@@ -117,22 +116,12 @@ class _Text:
         tiles = [-(-section.rows // self.block_n) for section in self.sections]
         bodies = [self._section(section) for section in self.sections]
         helpers = functions("\n".join(line for body in bodies for line in body))
-        lines = ["tile = tl.program_id(0)"]
-        if len(bodies) == 1:
-            lines += bodies[0]
-        else:
-            names, first = ", ".join([*self.names, "d0"]), 0
-            for part, (body, count) in enumerate(zip(bodies, tiles, strict=True)):
-                made = "\n".join(f"    {line}" for line in body)
-                helpers += f"\n\n\n@triton.jit\ndef part{part}(tile, {names}):\n{made}"
-                lines.append(f"if (tile >= {first}) & (tile < {first + count}):")
-                lines.append(f"    part{part}(tile - {first}, {names})")
-                first += count
-        parts = ", ".join(str(format) for format in self.shape.parse())
+        lines, parts = text.dispatch(bodies, tiles, [*self.names, "d0"])
+        formats = ", ".join(str(format) for format in self.shape.parse())
         about = (
-            f"y = x @ W.T; W {list(self.shape.rows)} x {self.shape.k} in {parts}\n\n{self.plan}, {self.block_m} rows"
+            f"y = x @ W.T; W {list(self.shape.rows)} x {self.shape.k} in {formats}\n\n{self.plan}, {self.block_m} rows"
         )
-        made = text.module("linear_codebook", about, self.names, 1, "\n".join(lines), self.target, helpers)
+        made = text.module("linear_codebook", about, self.names, 1, "\n".join(lines), self.target, helpers + parts)
         rows: Dim = 1 if self.few else f"(d0 + {self.block_m - 1})//{self.block_m}"
         grid = (sum(tiles), rows, self.split_k)
         return Source(made, "linear_codebook", types(self.pointers), 1, grid, self.plan.warps, self.plan.stages)

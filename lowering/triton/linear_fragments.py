@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.artifact import Call, Extent
-from qcompile.formats.fragments import INPUTS, ROWS, Fragments
+from qcompile.formats.fragments import ROWS, Fragments
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.triton import prologue, schedule, split
@@ -64,7 +64,7 @@ class Params(LinearParams):
             outside(
                 self,
                 most=1 <= self.most <= schedule.OPEN,
-                split_k=self.split_k == 1 or (1 < self.split_k <= 16 and self.k % (self.split_k * INPUTS) == 0),
+                split_k=schedule.may_split(self.k, self.split_k),
                 prologue=self.prologue is None or self.most <= FEW,
             )
             or super().problem()

@@ -8,7 +8,6 @@ it rounds weights and x to the compute dtype, for tensor cores, and sums in f32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +61,7 @@ class Params(LinearParams):
             outside(
                 self,
                 most=1 <= self.most <= schedule.OPEN,
-                split_k=self.split_k == 1
-                or (1 < self.split_k <= 16 and self.k % (self.split_k * schedule.GRANULE) == 0),
+                split_k=schedule.may_split(self.k, self.split_k),
                 prologue=self.prologue is None or self.most <= FEW,
             )
             or super().problem()
@@ -80,17 +78,6 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
 def emit(params: dict[str, Any], target: Target) -> Source:
     """Pointers: those of `linear`, the tables, the scratch of `split`. Dims: M."""
     return _Text(Shape.of(params), params["most"], params["split_k"], target).source()
-
-
-def _between(tiles: Sequence[int], part: int) -> str:
-    """The condition that a tile is one of a part's; `tiles` of each part lie one behind the other."""
-    first, end = sum(tiles[:part]), sum(tiles[: part + 1])
-    return f"(tile >= {first}) & (tile < {end})" if first else f"tile < {end}"
-
-
-def _minus(tiles: Sequence[int], part: int) -> str:
-    first = sum(tiles[:part])
-    return f"tile - {first}" if first else "tile"
 
 
 class _Text:
@@ -121,15 +108,8 @@ class _Text:
         bodies = [self._section(section) for section in self.sections]
         helpers = functions("\n".join(line for body in bodies for line in body))
         entry = TEMPLATE.replace("-", "_")
-        if len(bodies) == 1:
-            lines = ["tile = tl.program_id(0)", *bodies[0]]
-        else:
-            names, lines = ", ".join([*self.names, "d0"]), ["tile = tl.program_id(0)"]
-            for part, body in enumerate(bodies):
-                made = "\n".join(f"    {line}" for line in body)
-                helpers += f"\n\n\n@triton.jit\ndef part{part}(tile, {names}):\n{made}"
-                lines += [f"if {_between(tiles, part)}:", f"    part{part}({_minus(tiles, part)}, {names})"]
-        made = text.module(entry, self._about(), self.names, 1, "\n".join(lines), self.target, helpers)
+        lines, parts = text.dispatch(bodies, tiles, [*self.names, "d0"])
+        made = text.module(entry, self._about(), self.names, 1, "\n".join(lines), self.target, helpers + parts)
         rows = 1 if self.few else f"(d0 + {self.block_m - 1})//{self.block_m}"
         grid = (sum(tiles), rows, self.split_k)
         return Source(

@@ -78,7 +78,7 @@ class Params(LinearParams):
             formats=packed and (layout.code == "int" or layout.bits == 8) and abs(layout.zero) < 128,
             group=self.group >= 0 and whole and long,
             most=0 <= self.most <= OPEN,
-            split_k=self.split_k == 1 or (1 < self.split_k <= 16 and _splits(self.k, sizes[0], self.split_k)),
+            split_k=self.split_k == 1 or _splits(self.k, sizes[0], self.split_k),
             outliers=not self.outliers or layout.code == "int",
             prologue=self.prologue is None,
         )
@@ -86,7 +86,7 @@ class Params(LinearParams):
 
 def _splits(k: int, segment: int, split_k: int) -> bool:
     """Whether K can be cut into so many parts, each of whole steps and whole runs of inputs that share their scales."""
-    return k % (split_k * schedule.GRANULE) == 0 and (segment == k or k // split_k % segment == 0)
+    return schedule.may_split(k, split_k) and (segment == k or k // split_k % segment == 0)
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:

@@ -27,6 +27,9 @@ BUCKETS = (4, 32, 128, OPEN)
 GRANULE = 128
 """K is split at multiples of this many inputs, so that no part cuts a group or a step in two."""
 
+MOST_PARTS = 16
+"""The most programs that share K."""
+
 ENOUGH, MOST_PARTS = 400, 16  # programs, and parts of K
 
 _in_use: ContextVar[Table | None] = ContextVar("schedules", default=None)
@@ -53,6 +56,11 @@ def using(table: Table) -> Iterator[None]:
         yield
     finally:
         _in_use.reset(token)
+
+
+def may_split(k: int, split_k: int) -> bool:
+    """Whether a kernel's `split_k` is one: that many programs share K inputs in whole granules."""
+    return split_k == 1 or (1 < split_k <= MOST_PARTS and k % (split_k * GRANULE) == 0)
 
 
 def split(n: int, k: int, m_bucket: int) -> int:

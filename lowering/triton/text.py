@@ -66,3 +66,20 @@ def dot_operand(expression: str, params: dict[str, Any], target: Target) -> str:
 def multiple_of(number: str, multiple: int) -> str:
     """The text of a number of the call that `multiple` divides, such that Triton sees it: hints on arguments are lost."""
     return f"{number} // {multiple} * {multiple}" if multiple > 1 else number
+
+
+def dispatch(bodies: Sequence[Sequence[str]], tiles: Sequence[int], names: Sequence[str]) -> tuple[list[str], str]:
+    """The lines of a kernel whose programs' first axis walks the tiles of several sections, and the functions that they call.
+
+    A body's lines know `tile`, the number within its section, and the pointers and numbers `names`.
+    """
+    lines, functions, first = ["tile = tl.program_id(0)"], "", 0
+    if len(bodies) == 1:
+        return [*lines, *bodies[0]], functions
+    given = ", ".join(names)
+    for part, (body, count) in enumerate(zip(bodies, tiles, strict=True)):
+        made = "\n".join(f"    {line}" for line in body)
+        functions += f"\n\n\n@triton.jit\ndef part{part}(tile, {given}):\n{made}"
+        lines += [f"if (tile >= {first}) & (tile < {first + count}):", f"    part{part}(tile - {first}, {given})"]
+        first += count
+    return lines, functions
