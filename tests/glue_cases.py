@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from qcompile.dtypes import DTYPES
+
 functional = torch.nn.functional
 SPECIAL = torch.tensor(
     [0.0, -0.0, 1.0, -1.0, 0.5, 2.5, -2.5, 1e-30, 1e30, -7.25, 88.0, -88.0, math.inf, -math.inf, math.nan]
@@ -14,6 +16,26 @@ SPECIAL = torch.tensor(
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def around_codes(dtype: str) -> torch.Tensor:
+    """f32 numbers that an 8-bit float holds, those halfway between two of them and next to that, and far larger ones."""
+    every = torch.arange(256, dtype=torch.uint8).view(DTYPES[dtype]).float()
+    every = every[every.isfinite()].sort().values
+    ties = (every[1:] + every[:-1]) / 2
+    near = torch.cat([ties, ties.nextafter(torch.tensor(math.inf)), ties.nextafter(torch.tensor(-math.inf)), every])
+    most = torch.tensor(
+        [464.0, 465.0, 479.9, 480.0, 57344.0, 61439.0, 61440.0, 65536.0, 1e30, 1e-30, math.inf, math.nan]
+    )
+    return torch.cat([near, most, -most, values(1000) * 100, values(1000) * 1e-3])
+
+
+def parts_along(axis: int) -> list[torch.Tensor]:
+    """Three tensors that differ in their size along `axis`."""
+    shapes = [[2, 3, 5], [2, 3, 5], [2, 3, 5]]
+    for i, shape in enumerate(shapes):
+        shape[axis] += i
+    return [values(*shape, seed=i) for i, shape in enumerate(shapes)]
 
 
 UNARY = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from glue_cases import BINARY, REDUCTIONS, SMOOTH, SPECIAL, UNARY, VIEWS, values
+from glue_cases import BINARY, REDUCTIONS, SMOOTH, SPECIAL, UNARY, VIEWS, around_codes, parts_along, values
 from gpu.interpret import run
 from gpu.triton_lowered import INTERPRETED, Interpreted
 from tiny_programs import Call, program
@@ -94,12 +94,7 @@ def test_every_8_bit_float_is_read(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["f8e4m3", "f8e5m2"])
 def test_rounding_to_8_bit_floats(dtype: str) -> None:
-    every = torch.arange(256, dtype=torch.uint8).view(DTYPES[dtype]).float()
-    every = every[every.isfinite()].sort().values
-    ties = (every[1:] + every[:-1]) / 2
-    near = torch.cat([ties, ties.nextafter(torch.tensor(math.inf)), ties.nextafter(torch.tensor(-math.inf)), every])
-    most = torch.tensor([464.0, 465.0, 480.0, 57344.0, 61439.0, 61440.0, 65536.0, 1e30, 1e-30, math.inf, math.nan])
-    x = torch.cat([near, most, -most, values(1000) * 100, values(1000) * 1e-3])
+    x = around_codes(dtype)
     agrees(lambda x: x.to(DTYPES[dtype]).to(torch.float32), x, rtol=0, atol=0)
     agrees(lambda x: x.to(DTYPES[dtype]).to(torch.float32), x, rtol=0, atol=0, passes=[FormRegions()])
 
@@ -248,11 +243,7 @@ def test_cumsum() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_cat(axis: int) -> None:
-    shapes = [[2, 3, 5], [2, 3, 5], [2, 3, 5]]
-    for i, shape in enumerate(shapes):
-        shape[axis] += i
-    parts = [values(*shape, seed=i) for i, shape in enumerate(shapes)]
-    agrees(lambda *parts: torch.cat(parts, axis), *parts, rtol=0, atol=0)
+    agrees(lambda *parts: torch.cat(parts, axis), *parts_along(axis), rtol=0, atol=0)
     agrees(lambda a, b: torch.stack([a, b * 2], axis), values(4, 3), values(4, 3, seed=9))
 
 

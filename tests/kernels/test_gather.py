@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from glue_cases import parts_along
 from lowered import Lowered, agrees
 
 functional = torch.nn.functional
@@ -41,11 +42,7 @@ def test_an_index_out_of_range_reads_nothing_and_shows() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_cat(axis: int) -> None:
-    shapes = [[2, 3, 5], [2, 3, 5], [2, 3, 5]]
-    for i, shape in enumerate(shapes):
-        shape[axis] += i
-    parts = [values(*shape, seed=i) for i, shape in enumerate(shapes)]
-    agrees(lambda *parts: torch.cat(parts, axis), *parts, rtol=0, atol=0)
+    agrees(lambda *parts: torch.cat(parts, axis), *parts_along(axis), rtol=0, atol=0)
     agrees(lambda a, b: torch.stack([a, b * 2], axis), values(4, 3), values(4, 3, seed=9))
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from glue_cases import BINARY, SMOOTH, SPECIAL, UNARY, VIEWS, values
+from glue_cases import BINARY, SMOOTH, SPECIAL, UNARY, VIEWS, around_codes, values
 from kernel_bench import Kernel
 from lowered import Lowered, agrees
 
@@ -64,14 +64,7 @@ def test_every_8_bit_float_is_read(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["f8e4m3", "f8e5m2"])
 def test_rounding_to_8_bit_floats(dtype: str) -> None:
-    every = torch.arange(256, dtype=torch.uint8).view(DTYPES[dtype]).float()
-    every = every[every.isfinite()].sort().values
-    ties = (every[1:] + every[:-1]) / 2
-    near = torch.cat([ties, ties.nextafter(torch.tensor(math.inf)), ties.nextafter(torch.tensor(-math.inf)), every])
-    most = torch.tensor(
-        [464.0, 465.0, 479.9, 480.0, 57344.0, 61439.0, 61440.0, 65536.0, 1e30, 1e-30, math.inf, math.nan]
-    )
-    x = torch.cat([near, most, -most, values(1000) * 100, values(1000) * 1e-3])
+    x = around_codes(dtype)
     agrees(lambda x: x.to(DTYPES[dtype]).to(torch.float32), x, rtol=0, atol=0)
 
 
