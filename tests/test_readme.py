@@ -15,32 +15,17 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with what the blocks read: the float checkpoint `SmolLM2-135M-Instruct`."""
-    place = tmp_path_factory.mktemp("readme")
-    tiny_models.decoder("llama").save_pretrained(place / "SmolLM2-135M-Instruct")
-    return place
-
-
-@pytest.fixture(scope="module")
-def names():
-    """Blocks go on where the ones before ended; these are the names that the text explains in words."""
-    return {"input_ids": torch.tensor([[5, 6, 7]])}
-
-
-@pytest.mark.xdist_group("readme")  # in one process, in order
-@pytest.mark.parametrize("text", BLOCKS, ids=lambda text: text.split("\n")[0])
-def test_blocks_run(text, place, names, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    line = (ROOT / "README.md").read_text().split(text)[0].count("\n")
-    exec(compile("\n" * line + text, str(ROOT / "README.md"), "exec"), names)
-    shown = capsys.readouterr().out
-    assert [expected for expected in re.findall(r"#: (.*)", text) if expected not in shown] == []
-
-
-def test_there_is_something_to_run():
+def test_blocks_run(tmp_path, monkeypatch, capsys):
+    """One after the other: each goes on where the ones before ended. `input_ids` is explained in words."""
+    tiny_models.decoder("llama").save_pretrained(tmp_path / "SmolLM2-135M-Instruct")
+    monkeypatch.chdir(tmp_path)
+    readme, names = (ROOT / "README.md").read_text(), {"input_ids": torch.tensor([[5, 6, 7]])}
     assert len(BLOCKS) >= 2
+    for text in BLOCKS:
+        line = readme.split(text)[0].count("\n")
+        exec(compile("\n" * line + text, str(ROOT / "README.md"), "exec"), names)
+        shown = capsys.readouterr().out
+        assert [expected for expected in re.findall(r"#: (.*)", text) if expected not in shown] == []
 
 
 @pytest.mark.parametrize("name", PAGES)
