@@ -16,6 +16,7 @@ from qcompile.transforms.round_float import RoundFloat, RoundMx, RoundNvfp4
 from qcompile.transforms.round_int import RoundInt
 
 LONGEST = 1 << 15  # inputs of a row: one program holds a row in its registers
+TOGETHER = 128  # neighbours that a kernel mixes which holds few of a row's inputs at once
 
 
 def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> str:
@@ -45,6 +46,30 @@ def reads_all_rows(each: Transform) -> bool:
         case RoundFourOverSix():
             return True
     return False
+
+
+def alone(transforms: Sequence[Transform]) -> str:
+    """Why a kernel that holds few of a row's inputs at once cannot make these transforms; empty when it can.
+
+    What it takes from all of a row are sums and largest numbers.
+    """
+    for each in transforms:
+        if isinstance(each, LlmInt8) and reads_all_rows(each):
+            return f"'{each.kind}' looks for columns with outliers in all rows"
+        size = each.size if isinstance(each, Hadamard) else _group(each)
+        if size > TOGETHER:
+            return f"'{each.kind}' of {size} inputs"
+    return ""
+
+
+def _group(each: Transform) -> int:
+    """Inputs that share a scale, which their own numbers say; 0: all of a row, or what the numbers say nothing of."""
+    match each:
+        case RoundInt() | RoundFloat():
+            return each.size if each.per == "group" and not each.scale else 0
+        case RoundMx() | RoundNvfp4():
+            return each.size
+    return 0
 
 
 def _problem(each: Transform, codes: bool, at: int, k: int) -> str:

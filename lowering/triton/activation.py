@@ -2,6 +2,7 @@
 
 One program makes one row; it holds it in its registers. The result is rows of codes with their scales, or of floats. Where
 columns with outliers stay floats (LLM.int8), those are a second result: their numbers, and zeros in all other columns.
+Linear kernels of few rows do the same for themselves (`before`), with less of a row in their registers.
 
 Which columns these are depends on all rows, as the largest |x| of a call does, where there is one scale for all. With few
 rows each program looks at all of them; else other kernels have looked before, "outlier-columns" or this one.
@@ -20,7 +21,7 @@ from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
-from qcompile.lowering.triton.transforms import ELEMENTS, Row, helpers
+from qcompile.lowering.triton.transforms import ELEMENTS, Row, helpers, over
 from qcompile.row_transforms import LONGEST, problem, reads_all_rows
 from qcompile.target import Target
 from qcompile.transform import Transform, transform_from_json
@@ -30,6 +31,7 @@ from qcompile.transforms.round_float import RoundFloat
 from qcompile.transforms.round_int import RoundInt
 
 TEMPLATE = "activation"
+LEAST = 512  # inputs at once, in which all blocks that are rotated have room
 Out = Literal["codes", "f32", "bf16", "f16"]
 
 
@@ -121,40 +123,34 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     each row f32 [M]; then what is written: codes [M, padded] and scales f32 [M, groups], or rows; floats of the columns with
     outliers [M, padded], and which columns those are, if the programs find them; the largest |y| of each row. Dims: M.
     """
-    made = _Text(_parsed(params), target)
-    return made.source()
+    return Text(parsed(params), target).source()
 
 
-def _parsed(params: dict[str, Any]) -> Params:
+def parsed(params: dict[str, Any]) -> Params:
+    """The parameters as a spec has them."""
     norm = Norm(**params["prologue"]) if params["prologue"] else None
     return Params(**{**params, "prologue": norm, "transforms": tuple(params["transforms"])})
 
 
-class _Text:
-    """The text of one kernel."""
+class Text:
+    """The text that makes rows.
 
-    def __init__(self, p: Params, target: Target):
-        self.p, self.target = p, target
-        self.block = max(1 << (p.padded - 1).bit_length(), 16)
+    `width`: a row is walked so many inputs at a time (0: it is held as a whole), and of the `parts` equal parts of the results
+    a program writes the one that is its number on the third axis.
+    """
+
+    def __init__(self, p: Params, target: Target, width: int = 0, parts: int = 1):
+        self.p, self.target, self.width, self.parts = p, target, width, parts
+        self.block = max(1 << (p.padded // parts - 1).bit_length(), 16)
+        if width:
+            self.block = min(max(self.block, LEAST), width)
         self.norms = ["norm_weight", "norm_bias"][: 0 if p.prologue is None else 1 + (p.prologue.op == "layer_norm")]
         self.stored = [[f"t{i}_{stored.name}" for stored in each.stored(p.k)] for i, each in enumerate(p.steps)]
 
     def source(self) -> Source:
-        p, arguments = self.p, self._arguments()
-        lines = ["m = tl.program_id(0).to(tl.int64)", f"at = tl.arange(0, {self.block})", f"inside = at < {p.k}"]
-        lines.append(
-            "place = tl.load(t0_order + at, mask=inside, other=0).to(tl.int32)" if self._permuted else "place = at"
-        )
-        if p.whole == "self":
-            lines += self._columns() if p.outliers else self._largest()
-        elif p.outliers:
-            lines.append(f"column = tl.load(columns + at, mask=at < {p.padded}, other=0) != 0")
-        elif p.whole == "given":
-            lines += _largest_of_rows()
-        row = self._row("m")
-        lines += row.lines
-        lines += self._codes(row) if p.out == "codes" else self._rows(row)
-        about = f"{self._summary()}\n\nOne program a row of {p.k} inputs."
+        p, arguments = self.p, [*self.read(), *self.written()]
+        lines = ["m = tl.program_id(0).to(tl.int64)", *self.all_rows(), *self.row()]
+        about = f"{self.summary()}\n\nOne program a row of {p.k} inputs."
         names = [name for name, _ in arguments]
         text = module("activation", about, names, 1, "\n".join(lines), self.target, helpers(lines))
         warps = min(max(self.block // 1024, 1), 16)
@@ -163,18 +159,46 @@ class _Text:
             text, "activation", tuple(dtype for _, dtype in arguments), 1, ("d0", 1, 1), warps, 1, fusion=False
         )
 
-    def _arguments(self) -> list[tuple[str, str]]:
+    def all_rows(self) -> list[str]:
+        """The statements in front of all rows: what the last transform wants to know of them."""
+        p, lines = self.p, [] if self.width else [f"at = tl.arange(0, {self.block})"]
+        if p.whole == "self":
+            return lines + (self._columns() if p.outliers else self._largest())
+        if p.outliers:
+            return [*lines, f"column = tl.load(columns + at, mask=at < {p.padded}, other=0) != 0"]
+        return lines + (_largest_of_rows() if p.whole == "given" else [])
+
+    def row(self) -> list[str]:
+        """The statements that make and store row m."""
+        row, part = self._row("m"), self.p.padded // self.parts
+        store = self._codes(row) if self.p.out == "codes" else self._rows(row)
+        first = f"tl.program_id(2) * {part}" if self.parts > 1 else "0"
+        return self._walked(row, store, f"{first}, {first} + {part}", self.block)
+
+    def _walked(self, row: Row, lines: Sequence[str], bounds: str, width: int) -> list[str]:
+        """The statements of a row, and `lines` with them, over the inputs within `bounds`."""
+        if not self.width:
+            return [*row.lines, *lines]
+        return [*row.first, *over(bounds, width, [*row.lines, *lines])]
+
+    def read(self) -> list[tuple[str, str]]:
+        """The names and dtypes of what is read."""
         p = self.p
         out = [("x", "f32"), *((name, "f32") for name in self.norms)]
         for each, names in zip(p.steps, self.stored, strict=True):
             out += [(name, stored.dtype) for name, stored in zip(names, each.stored(p.k), strict=True)]
-        out += p.given
-        out.append(("codes" if p.out == "codes" else "y", _element(p)))
+        return out + p.given
+
+    def written(self) -> list[tuple[str, str]]:
+        """The names and dtypes of the results."""
+        p = self.p
+        out = [("codes" if p.out == "codes" else "y", _element(p))]
         out += [("scales", "f32")] * (p.out == "codes") + [("rest", p.rest)] * p.outliers
         out += [("columns", "u8")] * (p.outliers and p.whole == "self")
         return out + [("row_most", "f32")] * p.most
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """What the rows are."""
         steps = [self.p.prologue.op] if self.p.prologue else []
         return "y[m, :] = " + ", then ".join([*steps, *(each.summary() for each in self.p.steps)]) + " of x[m, :]"
 
@@ -184,13 +208,15 @@ class _Text:
 
     def _row(self, m: str, last: bool = True) -> Row:
         """The text of row m; without its last transform if not `last`, or where that gives codes."""
-        p = self.p
-        row = Row(self.block, p.k, self.target)
-        row.set(f"tl.load(x + {m} * {p.k} + place, mask=inside, other=0)")
+        p, place = self.p, "place" if self._permuted else "at"
+        row = Row(p.k, self.target, self.width, lines=[f"inside = at < {p.k}"])
+        if self._permuted:
+            row.lines.append("place = tl.load(t0_order + at, mask=inside, other=0).to(tl.int32)")
+        row.set(f"tl.load(x + {m} * {p.k} + {place}, mask=inside, other=0)")
         if p.prologue is not None and p.prologue.op == "rms_norm":
-            row.norm(p.prologue.eps, "norm_weight", f" + {p.prologue.offset!r}" if p.prologue.offset else "", "place")
+            row.norm(p.prologue.eps, "norm_weight", f" + {p.prologue.offset!r}" if p.prologue.offset else "", place)
         elif p.prologue is not None:
-            row.layer_norm(p.prologue.eps, "norm_weight", "norm_bias", "place")
+            row.layer_norm(p.prologue.eps, "norm_weight", "norm_bias", place)
         for each, names in list(zip(p.steps, self.stored, strict=True))[: None if last and p.out != "codes" else -1]:
             row.apply(each, names)
         return row
@@ -202,7 +228,7 @@ class _Text:
 
     def _codes(self, row: Row) -> list[str]:
         p, last = self.p, self.p.steps[-1]
-        first, lines = len(row.lines), list[str]()
+        lines = list[str]()
         if isinstance(last, LlmInt8):
             made = row.outliers(last, "column" if p.outliers else "")
         if p.outliers:
@@ -217,17 +243,16 @@ class _Text:
             code = f"small_bits({made.code}, {lowest}, {mantissa}).to(tl.uint8)"
         else:
             code = f"{made.code}.to(tl.int8)"
-        flat = f"tl.reshape({code}, ({self.block},))" if made.size else code
+        codes = f"flat({code})" if made.size else code
         # Groups fill up with zeros, whose code is 0.
-        lines.append(f"tl.store(codes + m * {p.padded} + at, {flat}, mask=at < {p.padded})")
+        lines.append(f"tl.store(codes + m * {p.padded} + at, {codes}, mask=at < {p.padded})")
         if made.size:
-            count = self.block // made.size
-            lines.append(f"group = tl.arange(0, {count})")
-            scale = f"tl.reshape({made.scale}, ({count},))"
-            lines.append(f"tl.store(scales + m * {p.groups} + group, {scale}, mask=group < {p.groups})")
+            start = f"start // {made.size} + " if self.width else ""
+            lines.append(f"group = {start}tl.arange(0, {self.block // made.size})")
+            lines.append(f"tl.store(scales + m * {p.groups} + group, flat({made.scale}), mask=group < {p.groups})")
         else:
             lines.append(f"tl.store(scales + m, {made.scale})")
-        return [*row.lines[first:], *lines]
+        return lines
 
     def _columns(self) -> list[str]:
         """Finds the columns that hold an outlier in any row."""
@@ -244,8 +269,9 @@ class _Text:
         """Finds the largest |x| of all rows; NaN, whose bits are the greatest, where there is one."""
         row = self._row("r", last=False)
         most = f"bits = tl.maximum(bits, {row.value}.to(tl.int32, bitcast=True) & 0x7FFFFFFF)"
-        lines = [f"bits = tl.zeros(({self.block},), tl.int32)", "for r in range(0, d0):"]
-        return [*lines, *(f"    {line}" for line in (*row.lines, most)), _WHOLE]
+        width = self.width or self.block
+        lines = [f"bits = tl.zeros(({width},), tl.int32)", "for r in range(0, d0):"]
+        return [*lines, *(f"    {line}" for line in self._walked(row, [most], f"0, {self.p.k}", width)), _WHOLE]
 
 
 _WHOLE = "whole = tl.max(bits, 0).to(tl.float32, bitcast=True)"

@@ -1,4 +1,4 @@
-"""The calls of the template "activation", and of what has to look at all rows of x before it."""
+"""Who makes rows of x ready: the linear kernel itself, or calls of "activation" and of what looks at all rows before it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,34 @@ from typing import Any
 
 from qcompile.artifact import Call, View
 from qcompile.lowering.triton import activation, outlier_columns
+from qcompile.lowering.triton.before import FEW, Before
 from qcompile.lowering.triton.linear import Request
-from qcompile.row_transforms import reads_all_rows
+from qcompile.row_transforms import alone, reads_all_rows
 from qcompile.transforms.llm_int8 import LlmInt8
 
-FEW = 4  # rows of x that each program may look at
+
+def apart(request: Request, most: int | None) -> str:
+    """Why x, of at most `most` rows, is made ready by kernels in front; empty where the linear kernel does it."""
+    if most is None or most > FEW:
+        return f"more than {FEW} rows"
+    return alone(request.spec.transforms())
+
+
+def within(request: Request, out: str, padded: int) -> Before:
+    """What the linear kernel does to x first where nothing is `apart`; the form `out` is as in `rows`."""
+    transforms = request.spec.transforms()
+    whole = "self" if transforms and reads_all_rows(transforms[-1]) else "none"
+    return Before(_params(request, out, padded) | {"whole": whole}, tuple(_read(request)))
+
+
+def _params(request: Request, out: str, padded: int) -> dict[str, Any]:
+    spec = request.spec
+    params: dict[str, Any] = {"k": spec.k, "padded": padded, "prologue": spec.prologue, "transforms": list(spec.before)}
+    return params | {"out": out, "whole": "none", "rest": request.shape.compute, "most": False}
+
+
+def _read(request: Request) -> list[View]:
+    return [request.x, *request.norms, *(view for views in request.transforms for view in views)]
 
 
 def rows(
@@ -22,9 +45,7 @@ def rows(
     `written`: rows, or codes and scales and, if `columns` with outliers stay floats, those; `columns` is written as well.
     """
     ctx, spec, transforms = request.ctx, request.spec, request.spec.transforms()
-    params: dict[str, Any] = {"k": spec.k, "padded": padded, "prologue": spec.prologue, "transforms": list(spec.before)}
-    params |= {"out": out, "whole": "none", "rest": request.shape.compute, "most": False}
-    read = [request.x, *request.norms, *(view for views in request.transforms for view in views)]
+    params, read = _params(request, out, padded), _read(request)
     calls, results = list[Call](), list(written)
     if transforms and reads_all_rows(transforms[-1]):
         params["whole"] = "self" if most is not None and most <= FEW else "given"

@@ -1,11 +1,12 @@
 """What the Triton kernels of `qcompile.linear` share: parameters, order of pointers, the parts of the work, the request.
 
 A linear kernel's pointers are, in order:
-    x          f32 [M, K]; or in the compute dtype, where a kernel in front has normalised it (`Shape.x`)
+    x          f32 [M, K]; or in the compute dtype, where it has been normalised (`Shape.x`)
     y          f32 [M, n_out]
     stored     the tensors of part 0, part 1 ..., each in the order of `Format.stored`
     extras     f32: bias [N]; norm weight [K] (and bias [K]); one [M, n_out] an add or mul
     scratch    whatever the template asks for
+    before     what the kernel makes x from, where it does that itself: x is scratch then (`before`)
 and its one number d0 is M. Rows of each part and K are literals of its text.
 
 A tier is a module with a constant `TIER` ("native", "lanes", "codebook", "generic": what the report says) and a function
@@ -26,6 +27,7 @@ from qcompile.artifact import Call, View
 from qcompile.dims import Dim
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.base import Context
+from qcompile.lowering.triton.before import Before
 from qcompile.ops import LinearSpec
 from qcompile.program import Program
 
@@ -172,6 +174,7 @@ class Request:
     norms: tuple[View, ...] = ()
     transforms: tuple[tuple[View, ...], ...] = ()
     extras: tuple[View, ...] = ()
+    before: Before | None = None
 
     @property
     def args(self) -> list[View]:
@@ -185,8 +188,12 @@ class Request:
         """
         args = [*self.args, *inputs, *scratch]
         written = (1, *range(len(args) - len(scratch), len(args)))
-        return self.ctx.call(template, self.shape.params(**more), args, (self.m,), written)
+        if self.before is None:
+            return self.ctx.call(template, self.shape.params(**more), args, (self.m,), written)
+        params = self.shape.params(**more, before=self.before.params)
+        return self.ctx.call(template, params, [*args, *self.before.read], (self.m,), (0, *written))
 
-    def reading(self, x: View, dtype: Element) -> Request:
-        """The same work on an x of `dtype` that is normalised already."""
-        return replace(self, shape=replace(self.shape, prologue=None, x=dtype), x=x, norms=())
+    def reading(self, x: View, dtype: Element, before: Before | None = None) -> Request:
+        """The same work on an x of `dtype` that is normalised already, or that the kernel makes so first."""
+        shape = replace(self.shape, prologue=None, x=dtype)
+        return replace(self, shape=shape, x=x, norms=(), before=before)

@@ -17,7 +17,7 @@ from qcompile.dims import Dim
 from qcompile.expr import Expr, k, n, substitute, var
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton import prologue, schedule, split, text
+from qcompile.lowering.triton import before, prologue, schedule, split, text
 from qcompile.lowering.triton.codebooks import Vectors, vectors
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
@@ -44,10 +44,10 @@ def calls(request: Request, most: int | None) -> list[Call]:
             raise Refuse(f"no text for {problem}")
     if problem := _cut(request.shape):
         raise Refuse(problem)
-    before, request = prologue.normalised(request, "f32" if most <= FEW else None, most=most)
+    made, request = prologue.normalised(request, "f32" if most <= FEW else None, most=most)
     split_k = schedule.split(request.shape.n_out, request.spec.k, most)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
-    return [*before, request.call(TEMPLATE, scratch, most=most, split_k=split_k)]
+    return [*made, request.call(TEMPLATE, scratch, most=most, split_k=split_k)]
 
 
 def _cut(shape: Shape) -> str:
@@ -85,17 +85,20 @@ class Params(LinearParams):
                 "",
             )
             or _cut(self.shape)
+            or before.problem(self.before, self.k, self.most)
         )
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
     (m,) = numbers(dims, 1)
-    return [*params.extents(m), *split.extents(params.shape, m, params.split_k)]
+    out = [*params.extents(m), *split.extents(params.shape, m, params.split_k)]
+    return out + before.extents(params.before, m)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
-    """Pointers: those of `linear`, the scratch of `split`. Dims: M."""
-    return _Text(Shape.of(params), params["most"], params["split_k"], target).source()
+    """Pointers: those of `linear`, the scratch of `split`, those of `before`. Dims: M."""
+    made = _Text(Shape.of(params), params["most"], params["split_k"], target).source()
+    return before.joined(made, params.get("before"), ["x"], params["split_k"], target)
 
 
 class _Text:

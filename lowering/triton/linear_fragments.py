@@ -12,7 +12,7 @@ from qcompile.artifact import Call, Extent
 from qcompile.formats.fragments import ROWS, Fragments
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside, require
-from qcompile.lowering.triton import prologue, schedule, split
+from qcompile.lowering.triton import before, prologue, schedule, split
 from qcompile.lowering.triton.fragment_text import FEW, MID, SKINNY, Text, Way
 from qcompile.lowering.triton.linear import Request, Shape
 from qcompile.lowering.triton.linear_params import LinearParams, problem_of
@@ -28,14 +28,14 @@ def calls(request: Request, most: int | None) -> list[Call]:
     for format, n in zip(shape.parse(), shape.rows, strict=True):
         if problem := refusal(format, n, shape):
             raise Refuse(problem)
-    before: list[Call] = []
+    made: list[Call] = []
     if request.spec.before or most is None or most > FEW:
         # Every program of a column of tiles reads the same x: beyond a few rows it is rounded once.
-        before, request = prologue.normalised(request, always=most is None or most > SKINNY, most=most)
+        made, request = prologue.normalised(request, always=most is None or most > SKINNY, most=most)
     bucket = most or schedule.OPEN
     split_k = schedule.split(shape.n_out, shape.k, bucket)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
-    return [*before, request.call(TEMPLATE, scratch, most=bucket, split_k=split_k)]
+    return [*made, request.call(TEMPLATE, scratch, most=bucket, split_k=split_k)]
 
 
 def refusal(format: object, n: int, shape: Shape) -> str:
@@ -68,6 +68,7 @@ class Params(LinearParams):
                 prologue=self.prologue is None or self.most <= FEW,
             )
             or super().problem()
+            or before.problem(self.before, self.k, self.most)
             or next(
                 (text for f, n in zip(self.parts, self.rows, strict=True) if (text := refusal(f, n, self.shape))), ""
             )
@@ -77,12 +78,14 @@ class Params(LinearParams):
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
     (m,) = numbers(dims, 1)
     require(m <= params.most or params.most > 128, "more rows than the kernel is written for", m, params.most)
-    return [*params.extents(m), *split.extents(params.shape, m, params.split_k)]
+    out = [*params.extents(m), *split.extents(params.shape, m, params.split_k)]
+    return out + before.extents(params.before, m)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
-    """Pointers: those of `linear`, the scratch of `split`. Dims: M."""
+    """Pointers: those of `linear`, the scratch of `split`, those of `before`. Dims: M."""
     most = params["most"]
     if target.portable:  # the fallback: two buckets of rows are less to compile
         most = FEW if most <= FEW else MID
-    return Text(Shape.of(params), most, params["split_k"], target).source()
+    made = Text(Shape.of(params), most, params["split_k"], target).source()
+    return before.joined(made, params.get("before"), ["x"], params["split_k"], target)

@@ -15,7 +15,7 @@ from qcompile.artifact import Call, Extent
 from qcompile.format import Format
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside, require
-from qcompile.lowering.triton import prologue, schedule, split, text
+from qcompile.lowering.triton import before, prologue, schedule, split, text
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
 from qcompile.lowering.triton.linear import Request, Section, Shape, types
@@ -35,14 +35,14 @@ def calls(request: Request, most: int | None) -> list[Call]:
         if problem := problem_of(format, n, k):
             raise Refuse(f"no text for {problem}")
     few = most is not None and most <= FEW
-    before: list[Call] = []
+    made: list[Call] = []
     if request.spec.before or not few:
-        before, request = prologue.normalised(request, "f32" if few else None, most=most)
+        made, request = prologue.normalised(request, "f32" if few else None, most=most)
     bucket = schedule.OPEN if most is None or most > MIDDLE else most
     split_k = schedule.split(request.shape.n_out, request.spec.k, bucket)
     scratch = split.scratch(request.ctx, request.shape, request.m, split_k)
     tables = Tables.of(_weights(request.shape)).views(request.ctx)
-    return [*before, request.call(TEMPLATE, scratch, inputs=tables, most=bucket, split_k=split_k)]
+    return [*made, request.call(TEMPLATE, scratch, inputs=tables, most=bucket, split_k=split_k)]
 
 
 def _weights(shape: Shape) -> list[tuple[Format, int, int]]:
@@ -65,6 +65,7 @@ class Params(LinearParams):
                 prologue=self.prologue is None or self.most <= FEW,
             )
             or super().problem()
+            or before.problem(self.before, self.k, self.most)
         )
 
 
@@ -72,12 +73,14 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
     (m,) = numbers(dims, 1)
     require(m <= params.most or params.most > FEW, "more rows than the kernel is written for", m, params.most)
     shape = params.shape
-    return [*params.extents(m), *Tables.of(_weights(shape)).extents, *split.extents(shape, m, params.split_k)]
+    out = [*params.extents(m), *Tables.of(_weights(shape)).extents, *split.extents(shape, m, params.split_k)]
+    return out + before.extents(params.before, m)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
-    """Pointers: those of `linear`, the tables, the scratch of `split`. Dims: M."""
-    return _Text(Shape.of(params), params["most"], params["split_k"], target).source()
+    """Pointers: those of `linear`, the tables, the scratch of `split`, those of `before`. Dims: M."""
+    made = _Text(Shape.of(params), params["most"], params["split_k"], target).source()
+    return before.joined(made, params.get("before"), ["x"], params["split_k"], target)
 
 
 class _Text:

@@ -2,9 +2,10 @@
 
     y[m, n] = sum over g of x_scale[m, g] * scale[n, g] * (sum over the k of g of x_code[m, k] * (code[n, k] - zero))
 
-The template "activation" has made the codes of x in front. Sums of int8 are exact. Codes of floats are multiplied as they are
-where the machine can (capability 8.9 and above: it keeps fewer bits than f32 within a step), else as f16, in which each has
-a place. Where columns with outliers stay floats (LLM.int8), steps that hold such a column multiply those numbers too.
+The codes of x are made first, by the kernel itself or by one in front. Sums of int8 are exact. Codes of floats are
+multiplied as they are where the machine can (capability 8.9 and above: it keeps fewer bits than f32 within a step), else as
+f16, in which each has a place. Where columns with outliers stay floats (LLM.int8), steps that hold such a column multiply
+those numbers too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qcompile.format import format_from_json
 from qcompile.formats.native import BLOCK, SHORTEST, Native, native_codes
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside
-from qcompile.lowering.triton import activation_calls, schedule, split
+from qcompile.lowering.triton import activation_calls, before, schedule, split
 from qcompile.lowering.triton.bytes import halves, packed, unpack
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
@@ -81,7 +82,7 @@ class Params(LinearParams):
             split_k=self.split_k == 1 or _splits(self.k, sizes[0], self.split_k),
             outliers=not self.outliers or layout.code == "int",
             prologue=self.prologue is None,
-        )
+        ) or before.problem(self.before, self.k, self.most or OPEN)
 
 
 def _splits(k: int, segment: int, split_k: int) -> bool:
@@ -96,17 +97,18 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
     padded = layout.padded(params.k)
     first, *rest = params.extents(m)
     out = [first._replace(dtype="i8" if layout.code == "int" else "u8", elements=m * padded), *rest]
-    out.append(Extent("f32", m * (params.k // (params.group or params.k))))
+    out.append(Extent("f32", m * (params.k // (params.group or params.k)), params.before is not None))
     out += [Extent(params.compute, m * padded), Extent("u8", padded)] if params.outliers else []
-    return out + split.extents(params.shape, m, params.split_k)
+    return [*out, *split.extents(params.shape, m, params.split_k), *before.extents(params.before, m)]
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
     """Pointers: x codes [M, padded], y, codes and scale of the weight, bias, one for each add or mul, the scales of x f32
     [M, groups]; with outliers their numbers in the compute dtype [M, padded] and their columns u8 [padded]; the scratch of
-    `split`. Dims: M.
+    `split`; those of `before`. Dims: M.
     """
-    return _Text(params, target).source()
+    made = _Text(params, target).source()
+    return before.joined(made, params.get("before"), ["x", "x_scale"], params["split_k"], target)
 
 
 class _Text:
@@ -332,7 +334,7 @@ def calls(request: Request, most: int | None) -> list[Call]:
     kind, group = found
     if kind != layout.code:
         raise Refuse(f"its codes are {layout.code}, those of its inputs {kind}")
-    codes, made = _round(request, layout, group, most)
+    codes, made, own = _round(request, layout, group, most)
     shape = _bare(request.shape)
     bucket = next((bound for bound in schedule.BUCKETS[:-1] if most is not None and most <= bound), 0)
     split_k = schedule.split(shape.n_out, shape.k, bucket or schedule.OPEN)
@@ -342,22 +344,33 @@ def calls(request: Request, most: int | None) -> list[Call]:
     extras = [*([request.bias] if request.bias else []), *request.extras]
     args = [made[0], request.y, *request.stored[0], *extras, *made[1:]]
     written = (1, *range(len(args), len(args) + len(scratch)))
-    return [*codes, request.ctx.call(TEMPLATE, params, [*args, *scratch], (request.m,), written)]
+    args += scratch
+    if own is not None:
+        written = (0, *written, args.index(made[1]))
+        params, args = params | {"before": own.params}, [*args, *own.read]
+    return [*codes, request.ctx.call(TEMPLATE, params, args, (request.m,), written)]
 
 
 def _bare(shape: Shape) -> Shape:
-    """The shape without the norm, which "activation" has made."""
+    """The shape without the norm, which the codes of x have had."""
     return Shape(shape.formats, shape.rows, shape.k, shape.bias, None, shape.epilogue, shape.compute)
 
 
-def _round(request: Request, layout: Native, group: int, most: int | None) -> tuple[list[Call], list[View]]:
-    """The calls that round x, and what they write: codes and scales, and the floats and columns of outliers."""
+def _round(
+    request: Request, layout: Native, group: int, most: int | None
+) -> tuple[list[Call], list[View], before.Before | None]:
+    """The calls that round x, and what they write: codes and scales, and the floats and columns of outliers.
+
+    Or, without calls, what the kernel does itself to write codes and scales.
+    """
     ctx, spec, padded = request.ctx, request.spec, layout.padded(request.spec.k)
     last = spec.transforms()[-1]
     found = [ctx.temp((request.m, padded), "i8" if layout.code == "int" else "u8")]
     found.append(ctx.temp((request.m, spec.k // (group or spec.k)), "f32"))
+    if not activation_calls.apart(request, most):
+        return [], found, activation_calls.within(request, "codes", padded)
     if not isinstance(last, LlmInt8) or last.threshold == 0:
-        return activation_calls.rows(request, "codes", padded, found, most), found
+        return activation_calls.rows(request, "codes", padded, found, most), found, None
     found.append(ctx.temp((request.m, padded), request.shape.compute))
     columns = ctx.temp((padded,), "u8")
-    return activation_calls.rows(request, "codes", padded, found, most, columns), [*found, columns]
+    return activation_calls.rows(request, "codes", padded, found, most, columns), [*found, columns], None

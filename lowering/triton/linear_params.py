@@ -12,6 +12,7 @@ from qcompile.dtypes import DTYPES
 from qcompile.format import Format, format_from_json
 from qcompile.lowering.extents import outside
 from qcompile.lowering.linear_steps import Ending, Norm
+from qcompile.lowering.triton import activation
 from qcompile.lowering.triton.linear import Compute, Element, Shape
 
 MOST = 2**31 - 1  # N, K and M are i32
@@ -19,7 +20,7 @@ MOST = 2**31 - 1  # N, K and M are i32
 
 @dataclass(frozen=True, kw_only=True)
 class LinearParams:
-    """What `linear.Shape` says, from an artifact."""
+    """What `linear.Shape` says, from an artifact; and `before`, what is done to x first."""
 
     formats: tuple[dict[str, Any], ...]
     rows: tuple[int, ...]
@@ -29,6 +30,7 @@ class LinearParams:
     epilogue: tuple[Ending, ...]
     compute: Compute
     x: Element
+    before: activation.Params | None = None
 
     @functools.cached_property
     def parts(self) -> list[Format]:
@@ -66,7 +68,7 @@ class LinearParams:
     def extents(self, m: int) -> list[Extent]:
         """Of all pointers up to the scratch."""
         y = m * (sum(self.rows) // 2 if self.gated else sum(self.rows))
-        out = [Extent(self.x, m * self.k), Extent("f32", y, True)]
+        out = [Extent(self.x, m * self.k, self.before is not None), Extent("f32", y, True)]
         for format, n in zip(self.parts, self.rows, strict=True):
             out += [Extent(item.dtype, math.prod(item.shape)) for item in format.stored(n, self.k)]
         out += [Extent("f32", sum(self.rows))] * self.bias

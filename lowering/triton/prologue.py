@@ -1,4 +1,4 @@
-"""The start of a linear kernel: rows of x normalised in the kernel where they are few, by a kernel in front where not."""
+"""The start of a linear kernel: rows of x made ready in the kernel where they are few, by a kernel in front where not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def normalised(
     """What makes x, of at most `most` rows, ready for a kernel that reads it as it is, and the request that is left.
 
     The rows are normalised, transformed and written in `dtype` (the compute dtype unless told); there is no call where nothing is
-    to be done, unless `always`.
+    to be done, unless `always`, or where the kernel does it itself.
     """
     spec, shape = request.spec, request.shape
     if spec.prologue is None and not spec.before and not always:
@@ -29,6 +29,8 @@ def normalised(
         raise Refuse(f"no text for {why}")
     out = dtype or shape.compute
     made = request.ctx.temp((times(request.m, spec.k),), out)
+    if not activation_calls.apart(request, most):
+        return [], request.reading(made, out, activation_calls.within(request, out, spec.k))
     return activation_calls.rows(request, out, spec.k, [made], most), request.reading(made, out)
 
 

@@ -32,15 +32,18 @@ def module(
 
     `about` is its docstring: the formula and the schedule. `helpers` are functions that the body calls, already whole.
     """
-    # What it says may be from an artifact: nothing in it ends the docstring.
-    about = about.strip().replace("\\", "/").replace('"', "'")
     names = ", ".join([*arguments, *(f"d{i}" for i in range(dims))])
     lines = "\n".join(f"    {line}".rstrip() for line in body.strip("\n").splitlines())
     shared = (_ROUND_BF16 if interpreted(target) else "") + (f"\n\n{helpers.strip()}\n" if helpers else "")
     return (
-        f'"""{about}\n"""\n\nimport triton\nimport triton.language as tl\n{shared}\n\n'
+        f'"""{as_docstring(about)}\n"""\n\nimport triton\nimport triton.language as tl\n{shared}\n\n'
         f"@triton.jit\ndef {entry}({names}):\n{lines}\n"
     )
+
+
+def as_docstring(about: str) -> str:
+    """A text, which may be from an artifact, with nothing in it that ends a docstring."""
+    return about.strip().replace("\\", "/").replace('"', "'")
 
 
 def interpreted(target: Target) -> bool:

@@ -1,14 +1,16 @@
 """What a method does to a row of x, as Triton text: the roundings of `qcompile.transforms` operation for operation.
 
 A row is one tensor f32 [BLOCK], its first K numbers and zeros; groups of inputs are that tensor as [BLOCK / size, size].
-Codes come out the same, bit for bit, as those of the transforms themselves: divisions round to the nearest, and every
-operation of a rounding in a 16-bit type rounds to that type.
+A row that no program holds as a whole is one such tensor after another: what is known of all the row only (a norm, a scale
+of all inputs) takes a loop over it first. Codes come out the same, bit for bit, as those of the transforms themselves:
+divisions round to the nearest, and every operation of a rounding in a 16-bit type rounds to that type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -31,10 +33,29 @@ ELEMENTS = {"f8e4m3": (-6, 3), "f8e5m2": (-14, 2), "e2m1": (0, 1), "e2m3": (0, 3
 
 _HELPERS = '''
 @triton.jit
+def grouped(x, SIZE: tl.constexpr):
+    """The row x in groups of SIZE inputs."""
+    return tl.reshape(x, (x.shape[0] // SIZE, SIZE))
+
+
+@triton.jit
+def flat(x):
+    """Groups of inputs as one row."""
+    return tl.reshape(x, (x.shape[0] * x.shape[1],))
+
+
+@triton.jit
 def largest(x, axis: tl.constexpr, keep: tl.constexpr):
     """max |x|; NaN, whose bits are the greatest, where there is one."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis, keep_dims=keep).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def larger(most, x):
+    """The larger of most >= 0 and |x|; NaN where there is one."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.maximum(most.to(tl.int32, bitcast=True), bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -79,11 +100,11 @@ def power_of_two(x, MORE: tl.constexpr):
 
 
 @triton.jit
-def butterfly(x, BLOCK: tl.constexpr, HALF: tl.constexpr):
+def butterfly(x, HALF: tl.constexpr):
     """Sums and differences of neighbours at distance HALF."""
-    pairs = tl.permute(tl.reshape(x, (BLOCK // (2 * HALF), 2, HALF)), (0, 2, 1))
+    pairs = tl.permute(tl.reshape(x, (x.shape[0] // (2 * HALF), 2, HALF)), (0, 2, 1))
     first, second = tl.split(pairs)
-    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), (BLOCK,))
+    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), x.shape)
 '''
 
 
@@ -97,6 +118,21 @@ def helpers(lines: Sequence[str]) -> str:
             wanted.insert(0, function)
             text += function.partition("(")[2]
     return "\n\n\n".join(wanted)
+
+
+_ALL = {
+    "sum": ("tl.sum({}, 0)", "{} + {}"),
+    "least": ("tl.min({}, 0)", "tl.minimum({}, {})"),
+    "most": ("tl.max({}, 0)", "tl.maximum({}, {})"),
+    "largest": ("largest({}, 0, False)", "larger({}, {})"),
+}
+"""What is known of a tensor, and how a tensor that is so takes in another; from zeros on, which do not count."""
+
+
+def over(bounds: str, width: int, lines: Sequence[str]) -> list[str]:
+    """A loop of `lines` over the inputs `at` from "first, last", `width` of them at a time."""
+    body = [f"at = start + tl.arange(0, {width})", *lines]
+    return [f"for start in range({bounds}, {width}):", *(f"    {line}" for line in body)]
 
 
 @dataclass
@@ -117,14 +153,17 @@ class Codes:
 class Row:
     """The text that transforms one row: lines, one assignment each, in which `value` names what the row is now.
 
-    `whole` names the largest |x| of all rows, where the last transform depends on it.
+    The lines know `at`, the inputs that they are about, and `inside`, which of them there are. `width`: the row is walked so many
+    inputs at a time, after the statements `first`; 0: its lines are about all of it. `whole` names the largest |x| of all rows,
+    where the last transform depends on it.
     """
 
-    block: int
     k: int
     target: Target
+    width: int = 0
     value: str = "row"
     lines: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
     whole: str = "whole"
 
     def let(self, expression: str, name: str = "t") -> str:
@@ -136,6 +175,17 @@ class Row:
     def set(self, expression: str) -> None:
         """The row becomes the value of an expression."""
         self.value = self.let(expression, "row")
+
+    def all(self, kind: Literal["sum", "least", "most", "largest"], value: str) -> str:
+        """A name for the sum, the least, the greatest, or the largest size of the numbers `value` of the whole row."""
+        result, step = _ALL[kind]
+        if not self.width:
+            return self.let(result.format(value))
+        name = f"{kind}{len(self.lines)}"
+        self.first.append(f"{name} = tl.zeros(({self.width},), tl.float32)")
+        self.first += over(f"0, {self.k}", self.width, [*self.lines, f"{name} = {step.format(name, value)}"])
+        self.first.append(f"{name} = {result.format(name)}")
+        return name
 
     def apply(self, each: Transform, tensors: Sequence[str]) -> None:
         """The row is transformed; `tensors` are the pointers at what the transform stores."""
@@ -150,7 +200,7 @@ class Row:
                 self.set(self.rounded(self.value, each.dtype))
             case Hadamard():
                 for i in range(each.size.bit_length() - 1):
-                    self.set(f"butterfly({self.value}, {self.block}, {1 << i})")
+                    self.set(f"butterfly({self.value}, {1 << i})")
                 self.set(f"{self.value} * {float(each.size**-0.5)!r}")
             case Rotate():
                 a, b = f"tl.arange(0, {each.size})[:, None]", f"tl.arange(0, {each.size})[None, :]"
@@ -170,15 +220,15 @@ class Row:
 
     def norm(self, eps: float, weight: str, offset: str, place: str = "at") -> None:
         """Root mean square norm; `weight` is the pointer at its weights, which lie at `place`; `offset` is added to them."""
-        mean = self.let(f"tl.sum({self.value} * {self.value}, 0) / {self.k}")
+        mean = self.let(f"{self.all('sum', f'{self.value} * {self.value}')} / {self.k}")
         gain = self.let(f"tl.load({weight} + {place}, mask=inside, other=0).to(tl.float32){offset}")
         self.set(f"{self.value} * tl.rsqrt({mean} + {eps!r}) * {gain}")
 
     def layer_norm(self, eps: float, weight: str, bias: str, place: str) -> None:
         """Layer norm with weights and biases."""
-        mean = self.let(f"tl.sum({self.value}, 0) / {self.k}")
+        mean = self.let(f"{self.all('sum', self.value)} / {self.k}")
         self.set(f"tl.where(inside, {self.value} - {mean}, 0.0)")
-        variance = self.let(f"tl.sum({self.value} * {self.value}, 0) / {self.k}")
+        variance = self.let(f"{self.all('sum', f'{self.value} * {self.value}')} / {self.k}")
         gain, shift = (f"tl.load({pointer} + {place}, mask=inside, other=0)" for pointer in (weight, bias))
         self.set(f"{self.value} * tl.rsqrt({variance} + {eps!r}) * {gain} + {shift}")
 
@@ -216,7 +266,7 @@ class Row:
         small = self.let(self.rounded(self.value, "f16"))
         if column:
             small = self.let(f"tl.where({self.is_outlier(each)}, 0.0, {small})")
-        most = self.let(f"largest({small}, 0, False)")
+        most = self.all("largest", small)
         safe = self.let(f"tl.where({most} == 0.0, 1.0, {most})")
         inverse = self.let(f"tl.div_rn(1.0, {safe}) * 127.0")
         code = self.let(f"to_integer({small} * {inverse})", "code")
@@ -238,9 +288,10 @@ class Row:
         if each.scale:
             scale, zero = (self.let(as_(f"tl.load({t}).to(tl.float32)", each.dtype)) for t in tensors)
         else:
-            axis = "1, keep_dims=True" if size else "0"
-            least = self.let(f"tl.minimum(tl.min({x}, {axis}), 0.0)")
-            width = as_(f"tl.maximum(tl.max({x}, {axis}), 0.0) - {least}", each.dtype)
+            lowest = f"tl.min({x}, 1, keep_dims=True)" if size else self.all("least", x)
+            highest = f"tl.max({x}, 1, keep_dims=True)" if size else self.all("most", x)
+            least = self.let(f"tl.minimum({lowest}, 0.0)")
+            width = as_(f"tl.maximum({highest}, 0.0) - {least}", each.dtype)
             scale = self._usable(each, self._divided(each, width, repr(float(each.high - each.low))))
             over = self._divided(each, least, scale)
             if each.zero_first:
@@ -258,7 +309,7 @@ class Row:
         if each.per == "tensor":
             most = self.let(self.rounded(self.whole, each.dtype))
         else:
-            most = self.let(f"largest({x}, {'1, True' if size else '0, False'})")
+            most = self.let(f"largest({x}, 1, True)") if size else self.all("largest", x)
         for bound, sign in ((each.least, "<"), (each.most, ">")):
             if bound:
                 limit = _literal(bound, each.dtype)
@@ -405,11 +456,11 @@ class Row:
 
     def _grouped(self, x: str, size: int) -> str:
         """The row as [BLOCK / size, size], or as it is where size is 0."""
-        return self.let(f"tl.reshape({x}, ({self.block // size}, {size}))" if size else x)
+        return self.let(f"grouped({x}, {size})" if size else x)
 
     def _flat(self, x: str, size: int) -> None:
         """The row becomes x, which is [BLOCK / size, size] where size is not 0."""
-        self.set(f"tl.reshape({x}, ({self.block},))" if size else x)
+        self.set(f"flat({x})" if size else x)
 
 
 def _literal(value: float, dtype: str) -> str:

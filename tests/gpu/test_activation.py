@@ -67,7 +67,7 @@ def params(transforms: tuple[Transform, ...], k: int, out: str, **more: Any) -> 
         "out": out,
     }
     made |= {"whole": "none", "rest": "bf16"} | more
-    assert activation._parsed(made).problem() == ""
+    assert activation.parsed(made).problem() == ""
     return made
 
 

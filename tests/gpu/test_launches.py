@@ -53,6 +53,25 @@ def test_a_layer_is_at_most_six_kernels_a_token(config):
     check_decode_step(lowered(model, tiny.CONFIGS[config]), layers=2)
 
 
+ROUNDING = {
+    "int8 a token": {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": {}}},
+    },
+    "fp8 blocks": {"quant_method": "fp8", "weight_block_size": [64, 64]},
+    "mxfp8": {"quant_method": "mxfp8"},
+    "rotations and codebooks": {"quant_method": "higgs", "bits": 4, "p": 2, "hadamard_size": 64, "group_size": 64},
+}
+
+
+@pytest.mark.parametrize("config", ROUNDING)
+def test_x_is_rounded_by_the_kernels_that_multiply_it(config):
+    torch.manual_seed(0)
+    sizes = SMOLLM2 | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=128, num_hidden_layers=1, **sizes)).eval()
+    check_decode_step(lowered(model, ROUNDING[config]), layers=1)
+
+
 @pytest.mark.slow
 @pytest.mark.full
 def test_smollm2():

@@ -157,6 +157,39 @@ def test_sums_are_those_of_floats(
         assert len(templates.extents(each)((rows,), 1)) == len(arguments.pointers)
 
 
+LONG: tuple[Format, int, int, Transform, tuple[dict[str, Any], ...]] = (Int8(), 5, 4112, RoundInt("tensor"), ())
+
+
+@pytest.mark.parametrize(("format", "n", "k", "rounding", "epilogue"), [*CASES[:-1], LONG])
+def test_a_kernel_that_rounds_x_itself_gives_the_same_bits(
+    format: Format, n: int, k: int, rounding: Transform, epilogue: tuple[dict[str, Any], ...]
+) -> None:
+    """Of rows that a program holds, and (`LONG`) of a row that it walks, under one scale for all rows."""
+    packed, rows = laid_out(format, n, k, rounding), 3
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(2)) * torch.tensor([[1.0], [20.0], [0.0]])
+    held = [torch.tensor([0.01])] if getattr(rounding, "scale", "") else []
+    activation, linear = kernels(packed, rounding, 4, epilogue)
+    activation.params["whole"] = "self" if (n, k) == LONG[1:3] else "none"
+    both = spec("linear-native", linear.params | {"before": activation.params})
+    sources = [templates.emit(each, TARGET) for each in (activation, linear, both)]
+    padded, groups = activation.params["padded"], k // (linear.params["group"] or k)
+    bias, element = torch.randn(n), torch.int8 if sources[1].pointers[0] == "i8" else torch.uint8
+    made = []
+    for fused in (False, True):
+        codes, scales = torch.full((rows, padded), 99, dtype=element), torch.full((rows, groups), float("nan"))
+        y = torch.full((rows, n // 2 if epilogue == GLU else n), 7.0)
+        args = [codes, y, *packed.tensors.values(), bias, scales]
+        if fused:
+            run(sources[2], [*args, x, *held], [rows])
+        else:
+            run(sources[0], [x, *held, codes, scales], [rows])
+            run(sources[1], args, [rows])
+        made.append((codes, scales, y))
+    for apart, inside in zip(*made, strict=True):
+        assert torch.equal(apart, inside)
+    assert len(templates.extents(both)((rows,), 1)) == len(sources[2].pointers)
+
+
 @pytest.mark.parametrize(
     ("format", "rounding"), [(Ternary(), PLAIN), (Fp8(columns=64), RoundFloat("group", 64))], ids=["whole", "groups"]
 )
@@ -168,7 +201,12 @@ def test_parts_of_k_are_added_in_order(format: Format, rounding: Transform) -> N
     scales, y = torch.zeros(2, 256 // (linear.params["group"] or 256)), torch.zeros(2, 20)
     run(templates.emit(activation, TARGET), [x, codes, scales], [2])
     parts, arrivals = torch.zeros(2 * 2 * 20), torch.zeros(2, dtype=torch.int32)
-    run(source, [codes, y, *packed.tensors.values(), bias, scales, parts, arrivals], [2])
+    args = [codes, y, *packed.tensors.values(), bias, scales, parts, arrivals]
+    run(source, args, [2])
+    both, apart = spec("linear-native", linear.params | {"before": activation.params}), [codes.clone(), y.clone()]
+    codes.fill_(99), scales.fill_(99), y.fill_(99)  # type: ignore[func-returns-value]
+    run(templates.emit(both, TARGET), [*args, x], [2])
+    assert torch.equal(codes, apart[0]) and torch.equal(y, apart[1])
     weight = dequantize(packed.format, packed.tensors, 20, 256)
     expected = torch.nn.functional.linear(rounding.apply(x, {}), weight, bias)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-4)
@@ -247,7 +285,7 @@ def test_a_module_compiles_to_native_dots(method: str) -> None:
     assert [(row.layout, row.tier) for row in found.report.weights.values()] == [("native", "native")] * 3
     steps = found.artifact.executable.steps  # the norm, both roundings and the gate are in two steps
     kinds = [[call.kernel.partition("_")[0] for call in step.variants[0].calls] for step in steps]
-    assert kinds == [["activation", "linear"]] * 2
+    assert kinds == [["linear"] if method == "fp8" else ["activation", "linear"]] * 2
     for rows in (1, 2):
         x = torch.randn(rows, 3, 96)
         tolerance = 1e-6 if method == "fp8" else 5e-3  # outliers are rounded to bf16
