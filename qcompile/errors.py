@@ -69,11 +69,11 @@ class InternalError(QCompileError):
     """qcompile broke one of its own rules."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """`", did you mean 'x'?"` when a known name is close to `name`, else an empty string.
+def near(name: str, known: Iterable[str], least: float = 0.6) -> str:
+    """`", did you mean 'x'?"` when a known name is like `name` to at least that share, else an empty string.
 
     >>> near("gtpq", ["gptq", "awq"])
     ", did you mean 'gptq'?"
     """
-    hits = difflib.get_close_matches(name, list(known), n=1)
+    hits = difflib.get_close_matches(name, list(known), n=1, cutoff=least)
     return f", did you mean '{hits[0]}'?" if hits else ""

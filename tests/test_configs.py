@@ -269,6 +269,8 @@ def test_unknown_fields_of_a_checkpoint_are_reported_and_those_of_a_caller_refus
         parse_config(fields)
     with pytest.raises(ConfigError, match="did you mean 'weights'"):  # a near miss is an error wherever it comes from
         parse_config(None, {"quant_method": "eetq", "weight": "int8"})
+    found = parse_config(None, {"quant_method": "gptq", "bits": 4, "act_bits": 16})  # as AutoRound's exports have it
+    assert found is not None and dict(found[1].unused) == {"act_bits": 16}
 
 
 def test_where_a_config_comes_from() -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from qcompile.transform import Applied
 
 
+MISSPELT = 0.85  # an unknown field of a checkpoint that is as like a known one is an error, not another writer's field
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """A quantization config with the field names, defaults and rules of the transformers class of the same method.
@@ -59,7 +62,7 @@ class MethodConfig:
         for name, value in data.items():
             if name in known:
                 own[name] = value
-            elif name in cls.foreign or (lenient and not near(name, known)):
+            elif name in cls.foreign or (lenient and not near(name, known, MISSPELT)):
                 unused[name] = value
             else:
                 raise ConfigError(
