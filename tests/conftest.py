@@ -11,3 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 # The test processes fill the machine already: threads that wait for each other make torch's own operators 30 times slower.
 torch.set_num_threads(1)
+
+import exports  # noqa: E402
+
+exports.install()
