@@ -187,8 +187,6 @@ class CudaBackend:
         differing = next((format_ for format_, _ in parts if format_ != first), None)
         if differing is not None:
             return f"their formats differ: {first} and {differing}"
-        if isinstance(first, Fragments) and first.tensor:
-            return "each has a scale of its own for the whole tensor"
         rows, why = 1, ""
         if isinstance(first, Native):
             rows, why = first.rows, "that share a scale"

@@ -78,7 +78,7 @@ class Expert(Text):
         """The statements that move the pointers of the weight to the expert's own."""
         (format,), n, k = self.formats, self.shape.n, self.shape.k
         assert isinstance(format, Fragments)
-        moved = {f"w_{item.name}": math.prod(item.shape) for item in format.stored(n, k) if item.name != "tensor_scale"}
+        moved = {f"w_{item.name}": math.prod(item.shape) for item in format.stored(n, k)}
         moved |= {"bias": n} if self.shape.bias else {}
         return [f"{name} = {name} + chosen.to(tl.int64) * {size}" for name, size in moved.items()]
 

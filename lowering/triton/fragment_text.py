@@ -468,7 +468,7 @@ class _Stream:
             scale = _as_f32(f"tl.load({self.stored['scales']} + row{s})", format.scale)
             lines.append(f"{total} = {total} * ({scale})[:, None]")
         if format.tensor:
-            lines.append(f"{total} = {total} * tl.load({self.stored['tensor']})")
+            lines.append(f"{total} = {total} * tl.load({self.stored['tensor']} + block{s})[:, None]")
         if format.factor != 1.0:
             lines.append(f"{total} = {total} * {format.factor!r}")
         return [*lines, *[f"{total} = {total} * rate"] * late]

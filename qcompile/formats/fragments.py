@@ -38,7 +38,8 @@ class Fragments(Coded):
     select four entries. "scales", and "zeros" and "offsets" where stored, are [ceil(N/16), K//group, 16], outputs r and
     r + 8 side by side. All beyond N or K is 0.
 
-    Zeros that are whole numbers are stored as u8. `tensor`: each scale is first multiplied by "tensor_scale" f32 [1].
+    Zeros that are whole numbers are stored as u8. `tensor`: each scale is first multiplied by "tensor_scale" f32
+    [ceil(N/16)], one number a block of outputs, so that weights with a scale for the whole tensor can lie one below the other.
     """
 
     kind: ClassVar[str] = "fragments"
@@ -54,7 +55,7 @@ class Fragments(Coded):
         if self.offset is not None:
             out.append(Stored("offsets", self.offset, per_group))
         if self.tensor:
-            out.append(Stored("tensor_scale", "f32", (1,)))
+            out.append(Stored("tensor_scale", "f32", (blocks,)))
         return tuple(out)
 
     def fields(self, t: Any, N: int, K: int) -> dict[str, Expr]:
@@ -73,7 +74,7 @@ class Fragments(Coded):
         if self.offset is not None:
             out["offset"] = t.offsets[row]
         if self.tensor:
-            out["tensor_scale"] = t.tensor_scale[0]
+            out["tensor_scale"] = t.tensor_scale[n // ROWS]
         return out
 
     def terms(self, f: Any) -> Terms:
@@ -199,7 +200,7 @@ def pack_fragments(
     if format.offset is not None and made.offset is not None:
         out["offsets"] = _by_rows(made.offset.to(DTYPES[format.offset]))
     if tensor is not None:
-        out["tensor_scale"] = tensor.reshape(1)
+        out["tensor_scale"] = tensor.reshape(1).repeat(-(-codes.shape[0] // ROWS))
     return out
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from format_cases import CASES, IDS, random_storage
 
+from qcompile.backend import CudaBackend
 from qcompile.evaluate import dequantize
 from qcompile.format import Format, Packed
 from qcompile.formats.affine import Affine
@@ -94,6 +95,20 @@ def test_scales_take_the_narrowest_dtype_that_holds_them() -> None:
     assert not isinstance(made, str)
     layout = made[0].format
     assert isinstance(layout, Fragments) and layout.scale == "f8e4m3" and layout.tensor
+
+
+def test_weights_with_a_scale_of_the_whole_tensor_lie_one_below_the_other() -> None:
+    cuda, format, sizes = CudaBackend(), Fp4(16, "f8e4m3", "multiply"), (32, 16, 24)
+    parts = [Packed(format, random_storage(format, n, 128), n, 128) for n in sizes]
+    for at, part in enumerate(parts, 1):
+        part.tensors["tensor_scale"].fill_(0.3 * at)
+    layouts = [cuda.layout(part).packed for part in parts]
+    assert len({float(layout.tensors["tensor_scale"][0]) for layout in layouts}) == 3
+    assert cuda.may_join([(layout.format, layout.N) for layout in layouts]) is None
+    (joined,) = cuda.join(layouts)
+    joined.check()
+    true = torch.cat([dequantize(format, part.tensors, part.N, 128) for part in parts])
+    assert torch.equal(dequantize(joined.format, joined.tensors, joined.N, 128).nan_to_num(), true.nan_to_num())
 
 
 def test_what_has_no_fragments_says_why() -> None:
