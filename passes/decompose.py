@@ -63,7 +63,7 @@ class Decompose(Pass):
             (x,) = args_of(x)[:1]
         while chain:
             transforms = [transform_from_json(json.loads(args_of(node)[2])) for node in chain]
-            reason = ctx.backend.activation(transforms, linear.formats[0], linear.spec.k)
+            reason = ctx.backend.activation(transforms, linear.formats[0], linear.spec.n, linear.spec.k)
             if reason is None:
                 break
             if reason:

@@ -10,11 +10,14 @@ import torch
 
 from qcompile.format import Format, Packed
 from qcompile.formats.fragments import ROWS, Fragments, fragments_for
-from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for
+from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for, lanes_form
 from qcompile.formats.native import Native, native_for
+from qcompile.integer_sums import treatment_problem
 from qcompile.row_transforms import problem
 from qcompile.target import Target
 from qcompile.transform import Transform
+from qcompile.transforms.llm_int8 import LlmInt8
+from qcompile.transforms.round_int import RoundInt
 from qcompile.transforms.sparse import Sparse
 
 
@@ -43,8 +46,8 @@ class Backend(Protocol):
     @property
     def cache(self) -> str: ...
 
-    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
-        """Why a linear over K = k inputs with a weight in `format` cannot do these to its input first; None when it can.
+    def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:
+        """Why a linear with a weight [n, k] in `format` cannot do these to its input first; None when it can.
 
         "": there is no such kernel for any, so that nobody need be told.
         """
@@ -89,7 +92,7 @@ class ReferenceBackend:
     regions: bool = False
     cache: str = "f32"
 
-    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
+    def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:
         return ""
 
     def transform(self, transform: Transform) -> bool:
@@ -125,15 +128,27 @@ class CpuBackend:
     regions: bool = True
     cache: str = "f32"
 
-    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
-        return ""
+    def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:
+        """A linear makes the integer codes of its input itself where it multiplies them as integers; nothing else."""
+        if len(transforms) > 1 or not isinstance(transforms[0], RoundInt | LlmInt8):
+            return ""
+        layout = lanes_form(format, n, k)
+        if not isinstance(layout, Lanes):
+            return layout if isinstance(layout, str) else "its weight is no integers times a scale"
+        if layout.rounding != "none" and self.wanted == "exact":
+            return f"a weight is not just a code times a scale, but rounded: {layout.rounding}"
+        return treatment_problem(layout, k, transforms[0]) or None
 
     def transform(self, transform: Transform) -> bool:
         return False
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         found = lanes_for(packed)
-        return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
+        if isinstance(found, str):
+            return Layout(packed, reason=found)
+        if found[1] is not None and any(isinstance(each, RoundInt) and each.per == "group" for each in before):
+            return Layout(packed, reason="groups of its inputs are rounded together, so they keep their order")
+        return Layout(*found)
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         first = parts[0][0]
@@ -169,7 +184,7 @@ class CudaBackend:
     regions: bool = True
     cache: str = "bf16"
 
-    def activation(self, transforms: Sequence[Transform], format: Format, k: int) -> str | None:
+    def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:
         return problem(transforms, k, codes=True) or None
 
     def transform(self, transform: Transform) -> bool:

@@ -49,8 +49,8 @@ class LinearSpec:
     `before`: transforms (their JSON) that the method applies to x, in order; their results are rows [..., k] again.
     Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a
     prologue; what the transforms of `before` store; one for each add or mul.
-    `accuracy` is "exact" (float activations) or "int8" (activations rounded by `round_activations` per `act_group`
-    inputs, value tables by `round_table`).
+    `accuracy` is "exact" (activations as `before` makes them) or "int8" (without a `before`, activations rounded by
+    `round_activations` per `act_group` inputs; value tables by `round_table`).
     """
 
     k: int
@@ -214,7 +214,7 @@ def linear(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: 
         count = len(each.stored(what.k))
         tensors, extras_left = extras_left[:count], extras_left[count:]
         y = transform(y, tensors, json.dumps(each.to_json()))
-    if what.accuracy == "int8":
+    if what.accuracy == "int8" and not what.before:
         y = round_activations(y, what.act_group)
     weights = []
     for part in what.parts:

@@ -63,12 +63,12 @@ def _many() -> None:
         _case(f"gemm-{tile}", "linear-gemm", two, 29, 272, 40, 7)
         _case(f"gemm-gated-{tile}", "linear-gemm", _linear(four, four, epilogue=(GLU,), tile=tile), 13, 64, 48, 48)
     for name, format, act in (("start", four, 32), ("after", three, 48), ("none", Lanes(4, 96, TABLE), 32)):
-        common: dict[str, Any] = {"k": 96, "act_group": act, "ragged": True}
+        common: dict[str, Any] = {"k": 96, "act_group": act, "rounding": None, "ragged": True}
         few = _linear(format, format, rows=4, blocks=2, bias=True, prologue=RMS, **common)
         _case(f"int8-gemv-{name}", "linear-int8-gemv", few, 3, 96, 40, 7)
         many = _linear(format, format, tile=8, side=3, m_block=16, epilogue=(GLU, MUL), **common)
         _case(f"int8-gemm-{name}", "linear-int8-gemm", many, 29, 96, 72, 72)
-        _case(f"int8-{name}", "activation-int8", asdict(scheme(many).rounding(8, LAYER)), 13)
+        _case(f"int8-{name}", "activation-int8", asdict(scheme(many).tile(8, LAYER)), 13)
 
 
 def _strides(*sizes: int) -> tuple[int, ...]:

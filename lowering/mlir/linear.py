@@ -4,7 +4,8 @@ A linear kernel's arguments are, in order:
     x          f32 [M, K], or what the template says it reads instead
     y          f32 [M, n_out]
     stored     the tensors of part 0, part 1 ..., each in the order of `Format.stored`
-    extras     f32, as `LinearSpec` lists them: bias [N]; norm weight [K] (and bias [K]); one [M, n_out] an add or mul
+    extras     f32, as `LinearSpec` lists them: bias [N]; norm weight [K] (and bias [K]); what the transform of x stores, where
+               the kernel makes one; one [M, n_out] an add or mul
     scratch    f32 [threads, scratch elements], where the template asks for it
 and its dimensions are M, K, then the rows of each part.
 
@@ -80,6 +81,7 @@ class Operands:
     stored: list[list[Value]]
     bias: Value | None
     norm: list[Value]
+    before: list[Value]
     extras: list[Value]
     scratch: Value | None
     m: Value
@@ -88,7 +90,8 @@ class Operands:
     columns: Value = field(init=False)  # of y
 
     @staticmethod
-    def load(t: Text, shape: Shape, scratch: bool) -> Operands:
+    def load(t: Text, shape: Shape, scratch: bool, before: int = 0) -> Operands:
+        """`before` tensors belong to what the kernel does to x."""
         count = 0
 
         def take() -> Value:
@@ -101,9 +104,10 @@ class Operands:
         stored = [[take() for _ in _stored(format, size)] for format, size in zip(formats, shape.sizes, strict=True)]
         bias = take() if shape.bias else None
         norm = [take() for _ in range(norm_count(shape.prologue))]
+        treatment = [take() for _ in range(before)]
         extras = [take() for step in shape.epilogue if step["op"] in ("add", "mul")]
         made = Operands(
-            x, y, stored, bias, norm, extras, take() if scratch else None, t.dim(0), t.dim(1),
+            x, y, stored, bias, norm, treatment, extras, take() if scratch else None, t.dim(0), t.dim(1),
             [t.dim(2 + i) for i in range(len(formats))],
         )  # fmt: skip
         total = t.constant(0, "i64")

@@ -1,8 +1,8 @@
-"""int8 accuracy of `qcompile.linear`: the arithmetic that its two kernels share.
+"""`qcompile.linear` with x rounded to integers, by its method or for int8 accuracy: the arithmetic that two kernels share.
 
-With codes q, zero z, scale s, offset o of the weight per `group` inputs, and x rounded to c * s_x (`activation_int8`):
+With codes q, zero z, scale s, offset o of the weight per `group` inputs, and x rounded to (c - z_x) * s_x (`activation_int8`):
 
-    y[m, n] = sum over blocks of  s * s_x * (sum q c - z * sum c)  +  o * s_x * sum c
+    y[m, n] = sum over blocks of  s * s_x * (sum q c - z_x * sum q - z * sum (c - z_x))  +  o * s_x * sum (c - z_x)
 
 where a block is as many inputs as share both a weight scale and an activation scale. The sums are exact in i32, and
 every block is added to f32 in the order of K, whatever M, the threads and the processor: a row's result does not depend
@@ -11,6 +11,7 @@ on the other rows. Operands are those of `linear.py`; all parts of a node must h
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,24 +19,35 @@ from typing import Any, Literal
 from qcompile.format import format_from_json
 from qcompile.formats.lanes import Lanes
 from qcompile.formats.stream import planes
+from qcompile.integer_sums import sums_problem, treatment_problem
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.mlir import memory
 from qcompile.lowering.mlir.activation_int8 import Rounding
 from qcompile.lowering.mlir.int8_dot import TABLE_ZERO, Codes
 from qcompile.lowering.mlir.linear import F32, LANES
+from qcompile.lowering.mlir.row_codes import codes_of
 from qcompile.lowering.mlir.text import Text, Value
 from qcompile.ops import round_table
+from qcompile.transform import Transform, transform_from_json
 
-LONGEST = 512  # inputs that are unrolled at most
+ONES = 0x01010101  # four codes of 1
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The integer arithmetic of one weight layout over K inputs that are rounded per `act_group`."""
+    """The integer arithmetic of one weight layout over K inputs that are rounded per `act_group`.
+
+    `rounding` is what the method rounds x with, as JSON; None: `ops.round_activations`.
+    """
 
     lanes: Lanes
     k: int
     act_group: int
+    rounding: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def how(self) -> Transform | None:
+        return None if self.rounding is None else transform_from_json(self.rounding)
 
     @property
     def codes(self) -> Codes:
@@ -57,6 +69,11 @@ class Scheme:
         return TABLE_ZERO if self.lanes.table is not None else 0.0 if self.lanes.zero is None else self.lanes.zero
 
     @property
+    def zeros(self) -> bool:
+        """Whether x has zeros, so that sums of q are wanted."""
+        return codes_of(self.how).zeros
+
+    @property
     def sums(self) -> Literal["none", "start", "after"]:
         """How the zero enters: not at all, as the integer that a dot product starts from, or as a float afterwards."""
         if isinstance(self.zero, str) or self.lanes.offset is not None or not float(self.zero).is_integer():
@@ -73,32 +90,29 @@ class Scheme:
         """What multiplies every weight beside its scale."""
         return self.lanes.factor * (1.0 if self.lanes.table is None else round_table(self.lanes.table)[1])
 
-    def rounding(self, tile: int, prologue: dict[str, Any] | None = None) -> Rounding:
+    def tile(self, rows: int, prologue: dict[str, Any] | None = None) -> Rounding:
+        """How x is rounded to tiles of so many rows."""
         zero = int(self.zero) if self.sums == "start" and not isinstance(self.zero, str) else 0
-        return Rounding(self.k, self.act_group, self.block, tile, self.sums, zero, prologue)
+        return Rounding(self.k, self.act_group, self.block, rows, self.sums, zero, prologue, self.rounding)
 
     def problem(self) -> str:
         """Why there is no kernel for this scheme; empty when there is one."""
-        group, act, table = self.lanes.group, self.act_group, self.lanes.table
+        table = self.lanes.table
         if table is not None and len(table) > 16:
             return f"a table of {len(table)} values is not looked up in a register"
         if table is not None and self.lanes.zero is not None:
             return "the values of a table are moved by zeros"
-        if self.k % act or self.k % group or max(group, act) % min(group, act):
-            return f"weight groups of {group} and activation groups of {act} do not nest in {self.k} inputs"
-        if self.block % 4:
-            return f"{self.block} inputs that share scales are no multiple of 4"
-        if act > LONGEST // 2 or self.chunk > LONGEST:
-            return f"activation groups of {act} inputs, and weights of {self.lanes.bits} bits, need too much unrolling"
-        return ""
+        if self.how is not None:
+            return treatment_problem(self.lanes, self.k, self.how, self.act_group)
+        return sums_problem(self.lanes, self.k, self.act_group, codes_of(None).reach)
 
 
 def scheme(params: dict[str, Any]) -> Scheme:
-    """The scheme of a kernel's parameters: `formats` (all equal), `k` and `act_group`."""
+    """The scheme of a kernel's parameters: `formats` (all equal), `k`, `act_group` and `rounding`."""
     lanes = format_from_json(params["formats"][0])
     if not isinstance(lanes, Lanes) or any(other != params["formats"][0] for other in params["formats"]):
-        raise Refuse("int8 activations need weights that are all in one lane layout")
-    made = Scheme(lanes, params["k"], params["act_group"])
+        raise Refuse("integer activations need weights that are all in one lane layout")
+    made = Scheme(lanes, params["k"], params["act_group"], params["rounding"])
     if made.problem():
         raise Refuse(made.problem())
     return made

@@ -54,8 +54,8 @@ class LinearParams:
             found = found or outside(self, sizes=(size is None) == packed) or format_problem(format, size)
         return found
 
-    def extents(self, m: int, k: int, rows: Sequence[int]) -> list[Extent]:
-        """Of y and all that follows, but the scratch."""
+    def extents(self, m: int, k: int, rows: Sequence[int], before: int = 0) -> list[Extent]:
+        """Of y and all that follows, but the scratch; `before` numbers belong to what the kernel does to x."""
         require(self.ragged or not any(n % LANES for n in rows), "rows are no whole blocks", list(rows))
         halves = len(rows) == 2 and rows[0] == rows[1]
         whole = not self.gated or halves or (len(rows) == 1 and rows[0] % (2 * LANES) == 0)
@@ -68,7 +68,7 @@ class LinearParams:
                 require(False, "a format cannot hold a weight of this size", problem.found, problem.expected)
             out += [Extent(stored.dtype, math.prod(stored.shape)) for stored in format.stored(n, k)]
         out += [Extent("f32", sum(rows))] * self.bias
-        out += Norm.extents(self.prologue, k)
+        out += [*Norm.extents(self.prologue, k), *[Extent("f32", 1)] * before]
         return out + [Extent("f32", y)] * sum(step.op in ("add", "mul") for step in self.epilogue)
 
 

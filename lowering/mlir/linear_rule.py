@@ -1,8 +1,8 @@
 """The rule that lowers `qcompile.linear`: which template runs at which number of rows, and what it is given.
 
-Exact accuracy: up to 4 rows by "linear-gemv", more by "linear-pack" and "linear-gemm". int8 accuracy goes to
-`linear_int8`; where that has no kernel for a layout, the exact one runs (which is never less accurate) and the report
-says so.
+Exact accuracy: up to 4 rows by "linear-gemv", more by "linear-pack" and "linear-gemm". Linears that round their input to
+integers, and int8 accuracy, go to `linear_int8_rule`; where that has no kernel for a layout, int8 accuracy takes the exact
+one (which is never less accurate) and the report says so.
 """
 
 from __future__ import annotations
@@ -65,11 +65,13 @@ def lower_linear(node: Node, ctx: Context) -> None:
     if ctx.dtype(node) != "f32":
         raise Refuse(f"linear kernels write f32, not {ctx.dtype(node)}")
     reason = ""
-    if spec.accuracy == "int8":
+    if spec.accuracy == "int8" or spec.before:
         try:
             lower_int8(node, spec, ctx)
             return _report(node, spec, ctx, reason)
         except Refuse as refusal:
+            if spec.before:
+                raise
             reason = f"exact instead of int8: {refusal}"
     shape = _shape(spec)
     weights = tuple(ctx.view(item) for item in stored)

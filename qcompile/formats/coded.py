@@ -125,7 +125,7 @@ def form_of(format: Format, N: int, K: int, shortest: int) -> dict[str, Any] | s
     offset = None if terms.offset is None else terms.offset.dtype
     return {
         "bits": high.bit_length() + (low < 0), "group": group, "table": terms.table, "zero": level,
-        "scale": terms.scale.dtype, "offset": offset, "code": kind,
+        "scale": terms.scale.dtype, "offset": offset, "code": kind, "rounding": terms.rounding, "factor": terms.factor,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from qcompile.evaluate import Reader, row_chunks
 from qcompile.expr import Expr, bitcast, bits, const, k, n
 from qcompile.format import Names, Packed, Problem, Stored
 from qcompile.formats.affine import Affine, Terms
+from qcompile.integer_sums import integer_codes
 from qcompile.simplify import interval
 from qcompile.transform import Transform
 from qcompile.transforms.llm_int8 import LlmInt8
@@ -79,14 +80,15 @@ def native_codes(transforms: Sequence[Transform]) -> tuple[str, int] | str:
     """
     last = transforms[-1] if transforms else None
     match last:
-        case LlmInt8():
-            return "int", 0
-        case RoundInt():
-            if (not last.symmetric and not last.scale) or last.zero:
+        case LlmInt8() | RoundInt():
+            codes = integer_codes(last)
+            if isinstance(codes, str):
+                return codes
+            if codes.zeros:
                 return "its inputs are rounded with a zero point"
-            if last.low < -128 or last.high > 127:
-                return f"its inputs are rounded to {last.low} .. {last.high}"
-            return "int", last.size if last.per == "group" and not last.scale else 0
+            if codes.low < -128 or codes.high > 127:
+                return f"its inputs are rounded to {codes.low} .. {codes.high}"
+            return "int", codes.size
         case RoundFloat():
             if last.element not in ("f8e4m3", "f8e5m2"):
                 return f"its inputs are rounded to {last.element}"

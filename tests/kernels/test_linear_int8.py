@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kernel_bench import Kernel
+from int8_linears import HERE, Run, close, kernel, weight
 
-from qcompile import dims, ops
+from qcompile import ops
 from qcompile.artifact import KernelSpec
-from qcompile.dtypes import DTYPES
 from qcompile.formats.lanes import Lanes, pack_lanes
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.mlir import activation_int8, templates, toolchain
@@ -23,54 +22,7 @@ from qcompile.lowering.mlir.linear_int8_rule import lower_int8
 from qcompile.ops import LinearSpec, Part, activation_group, round_activations
 from qcompile.target import CPU_LEVELS, Target, native
 
-HERE = [level for level in CPU_LEVELS.values() if not level.missing()]
 NF4 = (-1.0, -0.696, -0.525, -0.395, -0.284, -0.185, -0.091, 0.0, 0.08, 0.161, 0.246, 0.338, 0.441, 0.563, 0.723, 1.0)
-Call = tuple[str, dict[str, Any], list[torch.Tensor], list[dims.Dim]]
-
-
-@functools.cache
-def kernel(template: str, params: str, target: Target) -> Kernel:
-    spec = KernelSpec(template, json.loads(params))
-    return Kernel(templates.emit(spec, target), templates.entry(spec), target)
-
-
-class Run:
-    """A lowering context whose views are tensors: `variants` runs the first choice that holds, at once."""
-
-    def __init__(self, y: torch.Tensor, target: Target, threads: int):
-        self.y, self.target, self.threads, self.ran = y, target, threads, list[str]()
-
-    def shape(self, x: torch.Tensor) -> tuple[int, ...]:
-        return tuple(x.shape)
-
-    def contiguous(self, x: torch.Tensor, dtype: str | None = None) -> torch.Tensor:
-        return x.contiguous() if dtype is None else x.to(DTYPES[dtype]).contiguous()
-
-    def output(self, node: Any) -> torch.Tensor:
-        return self.y
-
-    def temp(self, shape: Sequence[dims.Dim], dtype: str) -> torch.Tensor:
-        return torch.full([self.size(item) for item in shape], 0x7F, dtype=torch.int32).view(DTYPES[dtype])
-
-    def size(self, item: dims.Dim) -> int:
-        return dims.evaluate(item, {"threads": self.threads, "m": 5})
-
-    def call(self, template: str, params: dict[str, Any], args: Any, sizes: Any, writes: Any) -> Call:
-        return template, params, args, sizes
-
-    def variants(self, choices: Any) -> None:
-        calls = next(calls for when, calls in choices if when is None or self.size(when[0]) <= when[1])
-        for template, params, args, sizes in calls:
-            self.ran.append(template)
-            run = kernel(template, json.dumps(params, sort_keys=True), self.target)
-            run(args, [self.size(item) for item in sizes], self.threads)
-
-
-def weight(n: int, format: Lanes, k: int) -> dict[str, torch.Tensor]:
-    groups = k // format.group
-    codes = torch.randint(len(format.table) if format.table else 1 << format.bits, (n, k), dtype=torch.uint8)
-    zeros = torch.randint(1 << format.bits, (n, groups)) + (0.25 if format.zero in ("f16", "f32") else 0)
-    return pack_lanes(format, codes, torch.rand(n, groups) * 0.02 + 0.001, zeros, torch.randn(n, groups) * 0.05)
 
 
 def case(
@@ -93,11 +45,6 @@ def case(
     run = Run(torch.full((m, what.n_out), torch.nan), target or native(), threads)
     lower_int8(SimpleNamespace(args=(x, stored, extras, "")), what, run)  # type: ignore[arg-type]
     return run.y, ops.linear(x, stored, extras, what.to_text()), run.ran
-
-
-def close(y: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    assert not y.isnan().any()
-    assert (y - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 16, 33, 513])
@@ -203,7 +150,7 @@ def test_rounded_rows_are_those_of_the_operator(k: int, group: int, block: int, 
     x[1, 0] = 0.5 * x[1].abs().max()  # 63.5 codes: rounds to even
     r = activation_int8.Rounding(k, group, block, tile, "after")
     tiles = torch.zeros(-(-6 // tile), r.words, dtype=torch.int32)
-    params = {**r.__dict__}
+    params = asdict(r)
     kernel("activation-int8", json.dumps(params), native())([x, tiles], [6], threads=2)
     codes, scales, sums = tiles.split([k // 4 * tile, k // group * tile, k // block * tile], 1)
 
