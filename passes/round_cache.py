@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,16 +42,20 @@ class RoundCache(Pass):
             for name in found.claims:
                 program.ledger.claim(name, name)
             sides = zip((1, 2), ("k", "v"), (found.k, found.v), strict=True)
-            turned = {at: self._rounded(program, node, given[side], each, f"{path}.{side}") for at, side, each in sides}
-            node.args = tuple(turned.get(at, value) for at, value in enumerate(node.args))
-            ctx.report.note(f"{path}: keys and values are rounded, {found.k.transform.summary()}")
+            made = {at: self._through(program, node, given[side], each, f"{path}.{side}") for at, side, each in sides}
+            node.args = tuple(made.get(at, value) for at, value in enumerate(node.args))
+            if found.k:
+                how = ", ".join(each.transform.summary() for each in found.k)
+                ctx.report.note(f"{path}: keys and values are rounded, {how}")
             count += 1
         return count
 
-    def _rounded(self, program: Program, node: Node, x: Node, each: Applied, name: str) -> Node:
-        stored = []
-        for kept, tensor in each.tensors.items():
-            full = unused_name(program, f"{name}_{kept}")
-            stored.append(tensor_node(program, full, tensor))
-        text = json.dumps(each.transform.to_json())
-        return call(node, qc.transform.default, (x, stored, text), self.name)
+    def _through(self, program: Program, node: Node, x: Node, transforms: Sequence[Applied], name: str) -> Node:
+        for each in transforms:
+            stored = []
+            for kept, tensor in each.tensors.items():
+                full = unused_name(program, f"{name}_{kept}")
+                stored.append(tensor_node(program, full, tensor))
+            text = json.dumps(each.transform.to_json())
+            x = call(node, qc.transform.default, (x, stored, text), self.name)
+        return x

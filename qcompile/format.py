@@ -204,9 +204,10 @@ class Packed:
                 remedy=problem.remedy,
             )
         check_tensors(f"format '{self.format.kind}'", self.format.stored(self.N, self.K), self.tensors, where)
-        for applied in (*self.before, *self.after, *([self.residual] if self.residual is not None else [])):
-            width = self.N if applied in self.after else self.K
-            applied.check(width, where)
+        for applied in (*self.before, *([self.residual] if self.residual is not None else [])):
+            applied.check(self.K, where)
+        for applied in self.after:
+            applied.check(self.N, where)
 
 
 def check_tensors(what: str, stored: Sequence[Stored], tensors: Mapping[str, torch.Tensor], where: str = "") -> None:

@@ -125,21 +125,23 @@ class Quantized:
     `format` is how its weight is stored (numbers that depend on the weight, such as an offset, may differ in what
     `quantize` makes). `names` maps each stored tensor of the format to the source tensor that holds it; it is empty
     when the weight is quantized on the fly. `also_claims` are further source tensors that belong to the weight: they
-    describe it, or what happens around the matmul. `note` is a line for the report.
+    describe it, or what happens around the matmul. `note` is a line for the report. `keeps` are source tensors that
+    modules may share: a checkpoint out holds them as they are, without `write`.
     """
 
     format: Format
     names: dict[str, str] = field(default_factory=dict)
     also_claims: tuple[str, ...] = ()
     note: str = ""
+    keeps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Cache:
     """What a method does to the keys and the values [B, heads, S, width] of an attention module; `claims` are its tensors."""
 
-    k: Applied
-    v: Applied
+    k: tuple[Applied, ...]
+    v: tuple[Applied, ...]
     claims: tuple[str, ...] = ()
 
 

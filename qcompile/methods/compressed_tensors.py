@@ -11,6 +11,7 @@ import torch
 from qcompile.dtypes import DTYPES
 from qcompile.errors import CheckpointError, ConfigError, QCompileError
 from qcompile.methods import compressed_tensors_layout as layouts
+from qcompile.methods import compressed_tensors_rotations as rotations
 from qcompile.methods import skip, stored
 from qcompile.methods.base import Cache, Method, MethodConfig, Quantized, Skip
 from qcompile.methods.compressed_tensors_activations import cache_rounding, rounding, suffixes
@@ -51,6 +52,20 @@ class CompressedTensors(Method):
         self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
     ) -> Skip | Quantized:
         config = cast(CompressedTensorsConfig, config)
+        if config.rotations and not self.prequantized(config, source):
+            raise _with_rotations(config)
+        turns = [t for side in ("input", "output") for t in rotations.of_module(config, module, side, source)]
+        chosen = self._chosen(config, module, source, modules)
+        if not turns:
+            return chosen
+        if isinstance(chosen, Skip):
+            chosen = Found(config, None, stored.tensors(source, module), module, source).dense()
+        return replace(chosen, keeps=tuple(name for turn in turns for name in turn.names.values()))
+
+    def _chosen(
+        self, config: CompressedTensorsConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
+    ) -> Skip | Quantized:
+        """What happens to a module's weight, whatever turns around it."""
         ready = self.prequantized(config, source)
         if not ready:
             targets = [target for scheme in config.schemes.values() for target in scheme.targets]
@@ -112,7 +127,13 @@ class CompressedTensors(Method):
         scheme = None if config.ignored(module) else config.scheme(module)
         names = stored.tensors(source, module)
         packed = read(module, selected, scheme, names, source)
-        return packed if scheme is None or config.dequantize else _around(scheme, packed, names, module, source)
+        if scheme is not None and not config.dequantize:
+            packed = _around(scheme, packed, names, module, source)
+        inputs, outputs = (rotations.of_module(config, module, side, source) for side in ("input", "output"))
+        packed.before = (*(each for turn in inputs for each in turn.read(module.k, source)), *packed.before)
+        packed.after = (*packed.after, *(each for turn in outputs for each in turn.read(module.n, source)))
+        packed.check(module.path)
+        return packed
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         """The package's min-max quantization, bit for bit, in the weight's dtype."""
@@ -131,9 +152,13 @@ class CompressedTensors(Method):
 
     def cache(self, config: MethodConfig, path: str, heads: int, width: int, source: TensorSource) -> Cache | None:
         config = cast(CompressedTensorsConfig, config)
+        turns, claims = rotations.of_attention(config, path, width, source)
         if config.cache is None or config.dequantize:
-            return None
-        args, claims = config.cache, list[str]()
+            # Queries and keys that turn in the same way have the scores that they had before.
+            return Cache((), (), tuple(claims)) if claims else None
+        args = config.cache
+        unused = (f"{path}.q_{suffix}" for suffix in ("scale", "zero_point", "global_scale"))
+        claims += [name for name in unused if name in source.names()]  # of queries, which stay as they are
 
         def made(side: str) -> Applied:
             def read(suffix: str) -> torch.Tensor:
@@ -145,17 +170,22 @@ class CompressedTensors(Method):
 
             return cache_rounding(args, heads, width, read, f"{path}, kv_cache_scheme")
 
-        return Cache(made("k"), made("v"), tuple(claims))
+        # The rounded keys are turned back, instead of the queries that meet them.
+        there = tuple(each for turn in turns for each in turn.read(width, source))
+        back = tuple(each for turn in reversed(turns) for each in turn.inverted().read(width, source))
+        return Cache((*there, made("k"), *back), (made("v"),), tuple(claims))
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         """The package's tensors; codes that lay in words of their own are written as a stream, as since 0.18."""
         from qcompile.methods.compressed_tensors_read import written
 
-        scheme, out = cast(CompressedTensorsConfig, config).scheme(module), written(packed)
+        config = cast(CompressedTensorsConfig, config)
+        scheme, out = config.scheme(module), written(packed)
         inputs = None if scheme is None else scheme.input_activations
         outputs = None if scheme is None else scheme.output_activations
-        for what, args, around in (("input", inputs, packed.before), ("output", outputs, packed.after)):
-            if args is not None and around:
+        # The rounding of an input comes after what turns it, that of an output before.
+        for what, args, around in (("input", inputs, packed.before[-1:]), ("output", outputs, packed.after[:1])):
+            if args is not None and around and not config.dequantize:
                 every = stored_rounding(around[0], what)
                 out |= {f"{what}_{suffix}": every[f"{what}_{suffix}"] for suffix in suffixes(args)}
         return out
@@ -177,6 +207,16 @@ def _uncalibrated(where: str, dynamic: bool | str) -> ConfigError:
         found=f"dynamic: {dynamic!r}",
         expected="dynamic: True",
         remedy="choose a scheme with dynamic activations, or start from a checkpoint that was calibrated",
+    )
+
+
+def _with_rotations(config: CompressedTensorsConfig) -> ConfigError:
+    return ConfigError(
+        "transforms are put into a model before it is quantized",
+        where="field 'transform_config'",
+        found=", ".join(config.rotations),
+        expected="None, or a checkpoint with quantized weights",
+        remedy="apply the transforms and quantize with llm-compressor: its checkpoint is read",
     )
 
 

@@ -1,4 +1,4 @@
-"""What CompressedTensors says about one tensor (QuantizationArgs) and one group of modules (QuantizationScheme)."""
+"""What CompressedTensors says about one tensor (QuantizationArgs), one group of modules (QuantizationScheme), one rotation."""
 
 from __future__ import annotations
 
@@ -252,3 +252,59 @@ class Scheme:
         if inputs is not None:
             return "int-quantized"
         return "pack-quantized" if weights.num_bits <= 8 else "naive-quantized"
+
+
+LOCATIONS = ("input", "output", "q_attn", "k_cache", "weight_input", "weight_output")
+ONLINE = LOCATIONS[:4]  # the others were multiplied into the weights when these were made
+ROTATIONS = ("hadamard", "random-hadamard", "random-matrix")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rotation, or its inverse, acts: the fields of the package's TransformArgs."""
+
+    targets: tuple[str, ...]
+    location: str
+    inverse: bool = False
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> Place:
+        values = {"ignore": ()} | known(cls, plain(data), where)
+        for name in ("targets", "ignore"):
+            value = values.get(name)
+            values[name] = (value,) if isinstance(value, str) else tuple(value or ())
+        if not values["targets"]:
+            raise wrong(f"{where}, 'targets'", list(values["targets"]), "a list of module names or 're:' patterns")
+        if values.get("location") not in LOCATIONS:
+            raise wrong(f"{where}, 'location'", values.get("location"), ", ".join(LOCATIONS))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A transform and where it acts: the fields and defaults of the package's TransformScheme.
+
+    `head_dim` is the size of its blocks; None: as wide as what it acts on. `randomize` permutes a Hadamard matrix.
+    """
+
+    type: str
+    apply: tuple[Place, ...] = ()
+    randomize: bool = False
+    requires_grad: bool = False
+    head_dim: int | None = None
+    precision: str = "torch.float32"
+
+    @classmethod
+    def parse(cls, name: str, data: Any) -> Rotation:
+        """The transform of a group in `transform_config`."""
+        where = f"field 'transform_config', 'config_groups', {name!r}"
+        values = known(cls, plain(data), where)
+        if values.get("type") not in ROTATIONS:
+            raise wrong(f"{where}, 'type'", values.get("type"), ", ".join(ROTATIONS))
+        size = values.get("head_dim")
+        if size is not None and (type(size) is not int or size < 1):
+            raise wrong(f"{where}, 'head_dim'", size, "None or a positive integer")
+        places = enumerate(values.get("apply") or ())
+        values["apply"] = tuple(Place.parse(each, f"{where}, 'apply', {at}") for at, each in places)
+        return cls(**values)

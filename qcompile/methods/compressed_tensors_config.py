@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from qcompile.errors import ConfigError
 from qcompile.methods.base import MethodConfig
-from qcompile.methods.compressed_tensors_args import FORMATS, Args, Scheme, plain, wrong
+from qcompile.methods.compressed_tensors_args import FORMATS, Args, Rotation, Scheme, known, plain, wrong
 from qcompile.program import Module
 
 STATUSES = ("initialized", "calibration", "frozen", "compressed", "decompressed")
 SPARSE = ("sparse-24-bitmask", "sparse-bitmask")
 CLASSES = ("Linear", "Embedding", "Module")
-_OFFLINE = ("weight_input", "weight_output")  # transforms that were multiplied into the weights when these were made
 
 
 def hits(target: str, path: str) -> bool:
@@ -27,6 +25,13 @@ def hits(target: str, path: str) -> bool:
 def is_class(target: str, module: Module) -> bool:
     """True when a target names a class of the module; classes derived from Linear and Embedding are not known here."""
     return module.kind in ("Linear", "Embedding") and target in (module.kind, "Module")
+
+
+@dataclass(frozen=True)
+class _Transforms:
+    """The fields of the package's TransformConfig."""
+
+    config_groups: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,12 @@ class CompressedTensorsConfig(MethodConfig):
         """How keys and values are rounded."""
         return Args.parse(self.kv_cache_scheme, "field 'kv_cache_scheme'")
 
+    @cached_property
+    def rotations(self) -> dict[str, Rotation]:
+        """The transforms of `transform_config`, by the names of their groups."""
+        groups = known(_Transforms, self.transform_config or {}, "field 'transform_config'").get("config_groups") or {}
+        return {name: Rotation.parse(name, each) for name, each in groups.items()}
+
     @classmethod
     def renamed(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = {name: plain(value) for name, value in data.items()}
@@ -86,7 +97,10 @@ class CompressedTensorsConfig(MethodConfig):
         self.require(self.quantization_status in STATUSES, "quantization_status", ", ".join(STATUSES))
         self.require_patterns("ignore")
         self.require_bools("dequantize", "use_optimized_inference")
-        for target in (*(self.ignore or ()), *(t for scheme in self.schemes.values() for t in scheme.targets)):
+        places = [place for rotation in self.rotations.values() for place in rotation.apply]
+        schemes = (target for scheme in self.schemes.values() for target in scheme.targets)
+        turned = (target for place in places for target in (*place.targets, *place.ignore))
+        for target in (*(self.ignore or ()), *schemes, *turned):
             self._require_pattern(target)
         self._require_others()
 
@@ -103,16 +117,6 @@ class CompressedTensorsConfig(MethodConfig):
         formats = ("dense", *SPARSE)
         if sparsity and sparsity.get("format") not in formats:
             raise wrong("field 'sparsity_config', 'format'", sparsity.get("format"), ", ".join(formats))
-        for name, scheme in ((self.transform_config or {}).get("config_groups") or {}).items():
-            places = [str(plain(args.get("location"))) for args in plain(scheme).get("apply") or ()]
-            if any(place not in _OFFLINE for place in places):
-                raise ConfigError(
-                    "transforms that run with the model are not supported",
-                    where=f"field 'transform_config', 'config_groups', {name!r}",
-                    found=", ".join(places),
-                    expected=f"only {' and '.join(_OFFLINE)}, which are in the stored weights",
-                    remedy="start from a checkpoint without such transforms",
-                )
 
     def ignored(self, module: Module) -> str | None:
         """The entry of `ignore` that names the module, if one does."""

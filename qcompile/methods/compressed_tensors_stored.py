@@ -44,7 +44,7 @@ class Found:
         if "bitmask" in names:
             return self._sparse()
         if scheme is None or scheme.weights is None:
-            return self._dense()
+            return self.dense()
         kind, args = self.config.stored_format(scheme), scheme.weights
         if kind == "marlin-24":
             return self._marlin(args)
@@ -79,8 +79,8 @@ class Found:
         others = (full for name, full in self.names.items() if name in (*_OTHERS, *more) and full not in taken)
         return Quantized(fmt, used, tuple(others), note)
 
-    def _dense(self) -> Quantized:
-        """A module whose activations alone are rounded."""
+    def dense(self) -> Quantized:
+        """A module whose weight stays as it is: what happens around it does not."""
         from qcompile.formats.dense import Dense
 
         self._require("weight")

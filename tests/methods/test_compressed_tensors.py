@@ -469,14 +469,18 @@ def test_what_is_wrong_with_a_config() -> None:
     assert str(caught.value).startswith(
         error(RANGE, "field 'config_groups', 'W9A16'", "'W9A16'", "a preset: UNQUANTIZED, W4A16_ASYM")
     )
-    online = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
+    transform = "field 'transform_config', 'config_groups', 'R1'"
+    nowhere = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight"}]}
     for fields, where in (
         ({"format": "packed"}, "field 'format'"),
         ({"quantization_status": "done"}, "field 'quantization_status'"),
         ({"ignore": ["re:("]}, "fields 'targets' and 'ignore'"),
         ({"sparsity_config": {"format": "2:4"}}, "field 'sparsity_config', 'format'"),
         ({"kv_cache_scheme": {"num_bits": 8, "bits": 4}}, "field 'kv_cache_scheme'"),
-        ({"transform_config": {"config_groups": {"R1": online}}}, "field 'transform_config', 'config_groups', 'R1'"),
+        ({"transform_config": {"groups": {}}}, "field 'transform_config'"),
+        ({"transform_config": {"config_groups": {"R1": {"type": "givens"}}}}, f"{transform}, 'type'"),
+        ({"transform_config": {"config_groups": {"R1": nowhere}}}, f"{transform}, 'apply', 0, 'location'"),
+        ({"transform_config": {"config_groups": {"R1": nowhere | {"head_dim": 0}}}}, f"{transform}, 'head_dim'"),
     ):
         with pytest.raises(ConfigError) as caught:
             config(weights(), **fields)
