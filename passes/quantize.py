@@ -156,6 +156,8 @@ class Weights:
             return self._quantize(method, config, module, _float_weight(self.program, module))
         for name in (*selected.names.values(), *selected.also_claims):
             self.program.ledger.claim(name, module.weight)
+        for name in selected.keeps:
+            self.program.ledger.claim(name, name)
         return method.read(config, module, selected, self.program.source)
 
     def quantize_experts(self, module: Module) -> list[Packed]:

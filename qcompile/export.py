@@ -34,7 +34,8 @@ Tensors = Mapping[str, torch.Tensor]
 def remember(program: Program) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
     """What a checkpoint needs beside the weights, and those of its tensors that the passes left nothing of.
 
-    These are norm weights and biases that were folded or merged: small, and not read before an export.
+    These are norm weights and biases that were folded or merged, and what a method keeps as it is: not read before an
+    export. float64, which artifacts do not hold, becomes float32.
     """
     source, weights = (
         program.source,
@@ -46,8 +47,8 @@ def remember(program: Program) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
         if users != [name] or name in weights:
             continue
         if name not in program.tensors:
-            lost[name] = source.read(name)
-        parameters[name] = Parameter(name, "f32" if info.encoding else info.dtype)
+            lost[name] = source.read(name).float() if info.dtype == "float64" else source.read(name)
+        parameters[name] = Parameter(name, "f32" if info.encoding or info.dtype == "float64" else info.dtype)
     return Checkpoint(parameters, source.sidecar(GENERATION) or {}), lost
 
 
