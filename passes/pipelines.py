@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "fuse-rope": "qcompile.passes.fuse_rope:FuseRope",
     "fuse-norm": "qcompile.passes.fuse_norm:FuseNorm",
     "merge-linears": "qcompile.passes.merge_linears:MergeLinears",
+    "fuse-experts": "qcompile.passes.fuse_experts:FuseExperts",
     "fuse-epilogue": "qcompile.passes.fuse_epilogue:FuseEpilogue",
     "fuse-prologue": "qcompile.passes.fuse_prologue:FusePrologue",
     "fold-constants": "qcompile.passes.fold_constants:FoldConstants",
@@ -53,6 +54,7 @@ FULL: tuple[str, ...] = (
     "fuse-norm",  # before constants fold: 1 + weight is an offset of the norm
     "fuse-rope",
     "merge-linears",  # before epilogues: a gate is one only when its two halves are one linear
+    "fuse-experts",  # before regions take in gates and shares
     "fuse-epilogue",
     "fuse-prologue",  # after merging: one linear then normalises once, not three
     "fold-constants",  # what is left of tables and masks

@@ -37,11 +37,15 @@ class Layout:
 class Backend(Protocol):
     """A target as the passes see it.
 
-    `regions` is true when pointwise chains are to become regions; `cache` is the dtype of its key-value caches.
+    `regions` is true when pointwise chains are to become regions, `experts` when kernels of mixtures of experts take in
+    what is around them; `cache` is the dtype of its key-value caches.
     """
 
     @property
     def regions(self) -> bool: ...
+
+    @property
+    def experts(self) -> bool: ...
 
     @property
     def cache(self) -> str: ...
@@ -90,6 +94,7 @@ class ReferenceBackend:
     """Eager operators: any format as it is stored, any prologue and epilogue."""
 
     regions: bool = False
+    experts: bool = False
     cache: str = "f32"
 
     def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:
@@ -126,6 +131,7 @@ class CpuBackend:
 
     wanted: str = "exact"
     regions: bool = True
+    experts: bool = False
     cache: str = "f32"
 
     def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:
@@ -182,6 +188,7 @@ class CudaBackend:
     """
 
     regions: bool = True
+    experts: bool = True
     cache: str = "bf16"
 
     def activation(self, transforms: Sequence[Transform], format: Format, n: int, k: int) -> str | None:

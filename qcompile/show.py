@@ -60,6 +60,10 @@ def _spec(data: dict[str, Any]) -> str:
     parts.append(" & ".join(f"{_format(part['format'])}[{part['n']}, {data['k']}]" for part in data["parts"]))
     if data.get("bias"):
         parts.append("+ bias")
+    if data.get("gate"):
+        parts.append(f"-> glu({data['gate']['act']})")
+    if data.get("summed"):
+        parts.append(f"-> sum of {data['summed']} times their shares")
     for step in data.get("epilogue", ()):
         parts.append(f"-> {step['op']}" + (f"({step['act']})" if "act" in step else ""))
     if data.get("accuracy", "exact") != "exact":

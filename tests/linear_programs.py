@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tiny_programs import Call, program, run
@@ -59,7 +60,8 @@ class _Experts(_Buffers):
         self.spec = spec.to_text()
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return qc.experts(*inputs, self.of("stored"), next(iter(self.of("extras")), None), self.spec)
+        x, expert, *share = inputs
+        return qc.experts(x, expert, self.of("stored"), next(iter(self.of("extras")), None), self.spec, *share)
 
 
 class _Embedding(_Buffers):
@@ -142,12 +144,22 @@ def decoded(format: Format, n: int, k: int, tensors: Tensors) -> Program:
 
 
 def experts(
-    format: Format, tensors: Tensors, experts: int, n: int, k: int, m: int, *, bias: bool = False, dynamic: bool = False
+    format: Format,
+    tensors: Tensors,
+    experts: int,
+    n: int,
+    k: int,
+    m: int,
+    *,
+    bias: bool = False,
+    dynamic: bool = False,
+    **more: Any,
 ) -> tuple[Program, list[torch.Tensor]]:
-    """A program of a mixture's linear, and its inputs: x [m, k] and the expert of each row."""
-    spec = ExpertsSpec(experts, n, k, (Part(format.to_json(), experts * n, len(tensors)),))
+    """A program of a mixture's linear, and its inputs: x [m, k], the expert of each row, and shares where results are summed."""
+    spec = replace(ExpertsSpec(experts, n, k, (Part(format.to_json(), experts * n, len(tensors)),)), **more)
     stored = [tensors[s.name] for s in format.stored(experts * n, k)]
-    inputs = [torch.randn(m, k), torch.randint(experts, (m,))]
+    inputs = [torch.randn(m, k), torch.randint(experts, (m * spec.each,))]
+    inputs += [torch.rand(m * spec.each // spec.summed, spec.summed)] if spec.summed else []
     made = _Experts(spec, stored, torch.randn(experts, n) if bias else None)
     return program(made, *inputs, dynamic={0: "m"} if dynamic else None), inputs
 

@@ -27,16 +27,17 @@ def finish(shape: Shape, section: Section, sums: Sequence[str], *, ragged: bool 
     for step in shape.epilogue:
         match step["op"]:
             case "glu":
-                lines.append(f"{y} = {_activated(step['act'], y)} * {up[0]}")
+                lines.append(f"{y} = {activated(step['act'], y)} * {up[0]}")
             case "add" | "mul" as op:
                 sign = "+" if op == "add" else "*"
                 lines.append(f"{y} = {y} {sign} tl.load({next(extras)} + at, mask=inside, other=0.0)")
             case name:
-                lines.append(f"{y} = {_activated(name, y)}")
+                lines.append(f"{y} = {activated(name, y)}")
     return [*lines, f"tl.store(y + at, {y}, mask=inside)"]
 
 
-def _activated(name: str, y: str) -> str:
+def activated(name: str, y: str) -> str:
+    """The text of the activation called `name` of y."""
     return f"tl.where({y} < 0.0, 0.0, {y})" if name == "relu" else f"{name}({y})"
 
 

@@ -216,15 +216,11 @@ class Text:
     def _section(self, section: Section) -> list[str]:
         """The statements for tile number `tile` of a section."""
         bn, bm, k = self.block_n, self.block_m, self.shape.k
-        ragged = section.rows % bn != 0
-        start = "" if self.most <= bm else f"tl.program_id(1) * {bm} + "
         streams = [_Stream(self, i, part, first) for i, (part, first) in enumerate(section.streams)]
         lines = [
             f"i = tl.arange(0, {bn})",
             f"n = tile * {bn} + i[:, None]",
-            f"m = {start}tl.arange(0, {bm})[None, :]",
-            *["live = m < d0"] * self.few,
-            f"x_row = x + {'m' if self.few else 'tl.minimum(m, d0 - 1)'}.to(tl.int64) * {k}",
+            *self._rows(),
         ]
         norm = self.shape.prologue
         if norm is not None:
@@ -254,9 +250,22 @@ class Text:
         loop = f"for step in range({first}, {last}, {self.together}):"
         lines += [loop, *(f"    {line}" for line in body)]
         lines += [line for stream in streams for line in stream.after(self.late)]
-        sums = [stream.total for stream in streams]
+        return [*lines, *self._ending(section, [stream.total for stream in streams])]
+
+    def _rows(self) -> list[str]:
+        """The statements for `m` [1, BM], the rows of y, `x_row`, where those of x begin, and, of few, `live`: which exist."""
+        start = "" if self.most <= self.block_m else f"tl.program_id(1) * {self.block_m} + "
+        return [
+            f"m = {start}tl.arange(0, {self.block_m})[None, :]",
+            *["live = m < d0"] * self.few,
+            f"x_row = x + {'m' if self.few else 'tl.minimum(m, d0 - 1)'}.to(tl.int64) * {self.shape.k}",
+        ]
+
+    def _ending(self, section: Section, sums: Sequence[str]) -> list[str]:
+        """The statements that make y of the f32 tensors `sums` [BN, BM] and store it."""
+        ragged = section.rows % self.block_n != 0
         ending = finish(self.shape, section, sums, ragged=ragged)
-        return [*lines, *split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)]
+        return split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)
 
     def _by_row(self, name: str) -> str:
         made = f"{name}{self.most - 1}"

@@ -17,19 +17,19 @@ POINTERS = [Pointer("parts", "f32"), Pointer("arrivals", "i32")]
 """The scratch of a kernel that splits K in more than one part."""
 
 
-def scratch(ctx: Context, shape: Shape, m: Dim, split_k: int) -> list[View]:
-    """The views of `POINTERS`, enough for any tiles; none where K is not split."""
+def scratch(ctx: Context, shape: Shape, m: Dim, split_k: int, least: int = LEAST) -> list[View]:
+    """The views of `POINTERS`, enough for any tiles of `least` rows or more; none where K is not split."""
     if split_k == 1:
         return []
-    rows: Dim = -(-m // LEAST) if isinstance(m, int) else f"({m} + {LEAST - 1})//{LEAST}"
+    rows: Dim = -(-m // least) if isinstance(m, int) else f"({m} + {least - 1})//{least}"
     return [ctx.temp((split_k, m, shape.n), "f32"), ctx.counters((times(_columns(shape), rows),))]
 
 
-def extents(shape: Shape, m: int, split_k: int) -> list[Extent]:
+def extents(shape: Shape, m: int, split_k: int, least: int = LEAST) -> list[Extent]:
     """Of `POINTERS`."""
     if split_k == 1:
         return []
-    return [Extent("f32", split_k * m * shape.n, True), Extent("i32", _columns(shape) * -(-m // LEAST), True)]
+    return [Extent("f32", split_k * m * shape.n, True), Extent("i32", _columns(shape) * -(-m // least), True)]
 
 
 def _columns(shape: Shape) -> int:

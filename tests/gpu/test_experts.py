@@ -8,6 +8,7 @@ from gpu.triton_lowered import Interpreted
 from linear_programs import experts
 from tiny_programs import run
 
+from qcompile.experts import Gate
 from qcompile.format import Format, Packed
 from qcompile.formats.dense import Dense
 from qcompile.formats.fragments import fragments_for
@@ -69,6 +70,28 @@ def test_weights_in_the_order_of_tensor_cores(format: str) -> None:
         for rows in (3, 19):
             given = [torch.randn(rows, K), torch.randint(EXPERTS, (rows,))]
             assert difference(made, given) < 2e-3, (tier, rows)
+
+
+TURNS = Gate("silu", turns=True, limit=4.0, alpha=1.702, plus=1.0)
+HALVES = Gate("gelu_tanh")
+
+
+@pytest.mark.parametrize("rows", [3, 10])  # for two experts each: one by one, and in blocks
+def test_gates_and_sums_are_part_of_the_kernels(rows: int) -> None:
+    torch.manual_seed(0)
+    generic, blocks = Dense("bf16"), FORMATS["table"]
+    weights = {"generic": lambda n: (generic, {"weight": torch.randn(EXPERTS * n, K).to(torch.bfloat16)})}
+    weights["lanes"] = lambda n: in_fragments(blocks, n)
+    for tier, n, gate in (("generic", 20, TURNS), ("generic", 20, HALVES), ("lanes", 48, TURNS), ("lanes", 32, HALVES)):
+        up, given = experts(*weights[tier](n), EXPERTS, n, K, rows, bias=True, each=2, gate=gate)
+        up.model_config["torch_dtype"] = "float16"
+        assert difference(up, given) < 5e-3, (tier, gate)
+        down, given = experts(*weights[tier](n), EXPERTS, n, K, 2 * rows, bias=True, summed=2)
+        down.model_config["torch_dtype"] = "float16"
+        assert difference(down, given) < 2e-3, tier
+        few = rows == 3
+        assert Interpreted(up).kernels == (["experts-gather"] if few else ["experts-order", "experts-grouped"])
+        assert Interpreted(down).kernels == Interpreted(up).kernels + ["pointwise"] * (not few)
 
 
 def test_an_expert_that_does_not_exist_shows() -> None:
