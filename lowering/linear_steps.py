@@ -28,5 +28,5 @@ class Norm:
 class Ending:
     """A step of the epilogue."""
 
-    op: Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "add", "mul", "glu"]
+    op: Literal["bf16", "f16", "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "add", "mul", "glu"]
     act: Activation | None = None

@@ -59,7 +59,7 @@ def _glu(linear: Linear) -> _Step | None:
 def _step(linear: Linear) -> _Step | str | None:
     """What a linear can take in next; a reason when its reader is of the right kind and does not fit; None otherwise."""
     y = linear.node
-    if not linear.spec.epilogue and len(y.users) == 2:
+    if linear.only_rounds and len(y.users) == 2:
         return _glu(linear)
     kinds = (*ACTIVATIONS, aten.add.Tensor, aten.mul.Tensor)
     readers = [user for user in y.users if is_call(user, *kinds)]

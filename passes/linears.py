@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from qcompile.format import Format, Packed, format_from_json
-from qcompile.ops import LinearSpec, Part
+from qcompile.ops import ROUNDED, LinearSpec, Part
 from qcompile.passes.graph import call, is_call
 from qcompile.program import Program
 
@@ -37,8 +37,13 @@ class Linear:
 
     @property
     def is_plain(self) -> bool:
-        """True for a linear of one part that has taken nothing in but its bias and what its method does to x."""
-        return len(self.spec.parts) == 1 and self.spec.prologue is None and not self.spec.epilogue
+        """True for a linear of one part that has taken nothing in but its bias and what its method does to x and to y."""
+        return len(self.spec.parts) == 1 and self.spec.prologue is None and self.only_rounds
+
+    @property
+    def only_rounds(self) -> bool:
+        """True where the result is the product and its bias, rounded or not."""
+        return all(step["op"] in ROUNDED for step in self.spec.epilogue)
 
     @property
     def treatment(self) -> tuple[Node, ...]:

@@ -60,7 +60,7 @@ class MergeLinears(Pass):
         by_input: dict[tuple[Any, ...], list[Linear]] = {}
         for linear in linears(program):
             if linear.is_plain and all(extra.op == "get_attr" for extra in linear.extras):
-                treated = (json.dumps(linear.spec.before), linear.treatment)
+                treated = (json.dumps([linear.spec.before, linear.spec.epilogue]), linear.treatment)
                 by_input.setdefault((linear.x, linear.spec.accuracy, *treated), []).append(linear)
         count = 0
         for members in by_input.values():

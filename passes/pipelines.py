@@ -29,6 +29,7 @@ PASSES: dict[str, str] = {
     "merge-linears": "qcompile.passes.merge_linears:MergeLinears",
     "fuse-experts": "qcompile.passes.fuse_experts:FuseExperts",
     "fuse-epilogue": "qcompile.passes.fuse_epilogue:FuseEpilogue",
+    "fuse-rounding": "qcompile.passes.fuse_rounding:FuseRounding",
     "fuse-prologue": "qcompile.passes.fuse_prologue:FusePrologue",
     "fold-constants": "qcompile.passes.fold_constants:FoldConstants",
     "simplify-masks": "qcompile.passes.simplify_masks:SimplifyMasks",
@@ -46,6 +47,7 @@ FULL: tuple[str, ...] = (
     "round-cache",  # while keys and values still go to one attention
     "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
     "fuse-dequantize",
+    "fuse-rounding",  # before transforms are taken apart
     "decompose",  # before layouts: a rotation holds a linear of its own
     "choose-layout",  # before merging: only layouts tell which weights can lie side by side
     "layout-experts",

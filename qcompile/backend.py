@@ -13,6 +13,7 @@ from qcompile.formats.fragments import ROWS, Fragments, fragments_for
 from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for, lanes_form
 from qcompile.formats.native import Native, native_for
 from qcompile.integer_sums import treatment_problem
+from qcompile.ops import ROUNDED
 from qcompile.row_transforms import problem
 from qcompile.target import Target
 from qcompile.transform import Transform
@@ -178,7 +179,7 @@ class CpuBackend:
         return None
 
     def epilogue(self, formats: Sequence[Format], op: str) -> str | None:
-        return None
+        return f"results are rounded to {op} by a kernel of their own" if op in ROUNDED else None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+ROUNDED = {"bf16": torch.bfloat16, "f16": torch.float16}
+"""The types that a linear may round its results to."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class LinearSpec:
 
     `prologue`: None, {"op": "rms_norm", "eps": e, "offset": 0 or 1} (weight + offset multiplies) or
     {"op": "layer_norm", "eps": e}.
-    `epilogue`, in order: {"op": "silu" | "gelu" | "gelu_tanh" | "relu" | "sigmoid" | "tanh"}; {"op": "add"} and
-    {"op": "mul"} (the next extra tensor, shaped like y); {"op": "glu", "act": name}: the rows of the two halves of N
-    give act(first half) * second half, so y has N/2 columns.
+    `epilogue`, in order: {"op": "bf16" | "f16"}: rounded to that type; {"op": "silu" | "gelu" | "gelu_tanh" | "relu" |
+    "sigmoid" | "tanh"}; {"op": "add"} and {"op": "mul"} (the next extra tensor, shaped like y); {"op": "glu", "act": name}:
+    the rows of the two halves of N give act(first half) * second half, so y has N/2 columns.
     `before`: transforms (their JSON) that the method applies to x, in order; their results are rows [..., k] again.
     Extra tensors, in order: bias [N] if `bias`; norm weight [K] (and norm bias [K] for layer_norm) if there is a
     prologue; what the transforms of `before` store; one for each add or mul.
@@ -233,6 +235,8 @@ def linear(x: Tensor, stored: Sequence[Tensor], extras: Sequence[Tensor], spec: 
         elif step["op"] == "glu":
             first, second = y.chunk(2, dim=-1)
             y = ACTIVATIONS[step["act"]](first) * second
+        elif step["op"] in ROUNDED:
+            y = y.to(ROUNDED[step["op"]]).float()
         else:
             y = ACTIVATIONS[step["op"]](y)
     return y.to(x.dtype)

@@ -180,6 +180,20 @@ def f32_to_f8(x, mantissa: tl.constexpr, bias: tl.constexpr, ground: tl.constexp
 
 
 @triton.jit
+def bf16(x):
+    """x rounded to the nearest bf16 (ties to even), as f32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def f16(x):
+    """x rounded to the nearest f16 (ties to even), as f32."""
+    return x.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
 def f32_to_f8e4m3(x):
     """Numbers too large give the greatest, as torch's `to` has it."""
     return f32_to_f8(x, 3, 7, 16384.0, 464.0, 0x7E, 0x7F)

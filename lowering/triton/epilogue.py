@@ -27,12 +27,12 @@ def finish(shape: Shape, section: Section, sums: Sequence[str], *, ragged: bool 
     for step in shape.epilogue:
         match step["op"]:
             case "glu":
-                lines.append(f"{y} = {activated(step['act'], y)} * {up[0]}")
+                lines.append(f"{y} = {activated(step['act'], y)} * {up.pop()}")
             case "add" | "mul" as op:
                 sign = "+" if op == "add" else "*"
                 lines.append(f"{y} = {y} {sign} tl.load({next(extras)} + at, mask=inside, other=0.0)")
             case name:
-                lines.append(f"{y} = {activated(name, y)}")
+                lines += [f"{each} = {activated(name, each)}" for each in (y, *up)]
     return [*lines, f"tl.store(y + at, {y}, mask=inside)"]
 
 

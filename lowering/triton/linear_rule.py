@@ -20,6 +20,7 @@ from qcompile.lowering.triton import linear_dense
 from qcompile.lowering.triton.linear import Request, Shape, compute_dtype, norm_count
 from qcompile.lowering.triton.schedule import BUCKETS
 from qcompile.ops import LinearSpec
+from qcompile.row_transforms import alone
 
 FAST = ("linear_native", "linear_fragments", "linear_codebook")
 """The modules of the fast tiers, fastest first; `linear` says what they are."""
@@ -104,6 +105,8 @@ def _halves(rows: tuple[int, ...]) -> bool:
 
 def _report(node: Node, spec: LinearSpec, ctx: Context, tier: ModuleType, reason: str) -> None:
     """Kernel and tier of each module whose weight the node reads: those of the fewest rows."""
+    if why := alone(spec.transforms()):
+        reason = "; ".join(filter(None, [reason, f"x is made ready by a kernel in front: {why}"]))
     at, kernel = 0, ctx.steps[-1].variants[0].calls[-1].kernel
     tensors = [item.meta["tensor"] for item in cast("list[Node]", node.args[1])]
     for part in spec.parts:

@@ -362,7 +362,9 @@ class Row:
             most = self.let(f"tl.div_rn({most}, {each.divisor!r})")
         scale = self.let(f"power_of_two({most}, {_more(each.rule)}) * {2.0**-each.shift!r}")
         scale = self.let(f"tl.maximum({scale}, {2.0**each.lowest!r})")
-        value = self.let(f"tl.div_rn({x}, {scale}) * {each.steps!r}")
+        # A division by a power of two is a multiplication.
+        inverse = self.let(f"tl.div_rn(1.0, {scale})")
+        value = self.let(f"{x} * {inverse} * {each.steps!r}")
         worth = scale if each.steps == 1.0 else self.let(f"tl.div_rn({scale}, {each.steps!r})")
         self._flat(f"{self._element(value, each.element)} * {worth}", each.size)
 

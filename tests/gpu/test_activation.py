@@ -8,9 +8,13 @@ import pytest
 import torch
 from gpu.interpret import run
 
+from qcompile.artifact import KernelSpec
 from qcompile.dtypes import DTYPES
+from qcompile.formats.fragments import Fragments
+from qcompile.formats.minifloat import E2M1
 from qcompile.formats.native import native_codes
-from qcompile.lowering.triton import activation
+from qcompile.lowering.triton import activation, templates
+from qcompile.lowering.triton.linear import Shape
 from qcompile.target import target
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
@@ -180,6 +184,28 @@ def test_one_scale_for_all_rows(rounding: Transform, whole: str, zeros: bool) ->
         assert torch.equal(copied, x) and torch.equal(most[0], x.abs().amax(-1))
     run(activation.emit(made, TARGET), [x, *most, y], [3])
     assert torch.equal(y, rounding.apply(x, {}))
+
+
+def test_a_linear_makes_the_same_rows_itself() -> None:
+    """A row that is walked for its norm, and of which each of two programs then makes one half."""
+    transforms, k, n, m = (Permute(), Hadamard(32), RoundMx(size=32)), 512, 16, 2
+    # Squares that are added in any order to the same sum.
+    x, norm = (rows(m, k) * 8).round().clamp(-64, 64) / 8, {"op": "rms_norm", "eps": 1e-6, "offset": 0.0}
+    weight, held = torch.rand(k) + 0.5, tensors(transforms, k)
+    layout = Fragments(4, 32, E2M1, scale="f8e8m0")
+    codes, scale = (torch.randint(100, 140, each.shape, dtype=torch.int32) for each in layout.stored(n, k))
+    shape = Shape((layout.to_json(),), (n,), k, compute="f16", x="f16")
+    made = params(transforms, k, "f16", prologue=norm)
+    apart, inside = torch.zeros(m, k, dtype=torch.float16), torch.zeros(m, k, dtype=torch.float16)
+    run(activation.emit(made, TARGET), [x, weight, *held, apart], [m])
+    results = []
+    for given, more in ((apart, {}), (inside, {"before": made})):
+        y, scratch = torch.zeros(m, n), [torch.zeros(2 * m * n), torch.zeros(1, dtype=torch.int32)]
+        spec = KernelSpec("linear-fragments", shape.params(most=4, split_k=2, **more))
+        read = [x, weight, *held] if more else []
+        run(templates.emit(spec, TARGET), [given, y, codes * 0x1234567, scale.to(torch.uint8), *scratch, *read], [m])
+        results.append(y)
+    assert apart.any() and torch.equal(apart, inside) and torch.equal(*results)
 
 
 def test_norm_in_front() -> None:

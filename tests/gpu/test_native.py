@@ -272,21 +272,25 @@ class Gated(torch.nn.Module):
 CONFIGS = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 2.0},
+    "fouroversix": {"quant_method": "fouroversix"},  # a scale for all rows, and results rounded to bf16
 }
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_a_module_compiles_to_native_dots(method: str) -> None:
+def test_a_module_is_two_linears_that_round_x_themselves(method: str) -> None:
     torch.manual_seed(0)
     module, x = Gated(), torch.randn(2, 3, 96)
     given = {"example_inputs": (x,), "dynamic_shapes": ({0: torch.export.Dim("b", max=64)},)}
     expected = qcompile.compile(module, CONFIGS[method], target="reference", **given)
     found, _ = interpreted(qcompile.compile(module, CONFIGS[method], target="cuda:interpret", **given), graphs=False)
-    assert [(row.layout, row.tier) for row in found.report.weights.values()] == [("native", "native")] * 3
-    steps = found.artifact.executable.steps  # the norm, both roundings and the gate are in two steps
+    served = [(row.layout, row.tier) for row in found.report.weights.values()]
+    assert served == [("fragments", "lanes") if method == "fouroversix" else ("native", "native")] * 3
+    apart = "x is made ready by a kernel in front: 'llm-int8' looks for columns with outliers in all rows"
+    assert [apart in row.reason for row in found.report.weights.values()] == [method == "bitsandbytes"] * 3
+    steps = found.artifact.executable.steps
     kinds = [[call.kernel.partition("_")[0] for call in step.variants[0].calls] for step in steps]
-    assert kinds == [["linear"] if method == "fp8" else ["activation", "linear"]] * 2
+    assert kinds == [["activation", "linear"] if method == "bitsandbytes" else ["linear"]] * 2
     for rows in (1, 2):
         x = torch.randn(rows, 3, 96)
-        tolerance = 1e-6 if method == "fp8" else 5e-3  # outliers are rounded to bf16
+        tolerance = {"fp8": 1e-6, "bitsandbytes": 5e-3, "fouroversix": 2e-2}[method]  # bf16: outliers; products
         torch.testing.assert_close(found(x), expected(x), rtol=tolerance, atol=tolerance)
