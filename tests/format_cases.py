@@ -41,6 +41,7 @@ CASES: list[tuple[Format, int, int]] = [
     *((gptq.Gptq(bits, 64, v1, planar=True), 32, 64) for bits in (3, 5, 6, 7) for v1 in (True, False)),
     *((gptq.Gptq(bits, 32, v1, by_field=True), 64, 96) for bits in range(2, 9) for v1 in (True, False)),
     (gptq.Gptq(4, 32, indirect=True), 17, 96),
+    *((gptq.Gptq(bits, 32, v1, word=word), 33, 64) for bits, v1, word in ((2, True, 8), (4, True, 16), (8, False, 8))),
     (gptq.Gptq(4, 24, scale="bf16"), 5, 40),  # the last group is short
     (gptq.Gptq(8, 1000), 12, 20),
     (awq.Awq(4, 32), 24, 64),

@@ -192,6 +192,22 @@ def test_gptq_rounds_to_nearest_by_its_own_formula(bits: int, sym: bool) -> None
             assert fields["scale"][n, at] == torch.tensor(scale).half()
 
 
+def test_gptq_packs_words_of_16_and_8_bits() -> None:
+    """gptqmodel's `pack_dtype`, a word as it says: code 0 in the lowest bits."""
+    weight = sample(9, 32)
+    wide = quantize("gptq", GptqConfig(4, group_size=16), weight)
+    for size, dtype in ((16, "int16"), (8, "int8")):
+        narrow = quantize("gptq", GptqConfig(4, group_size=16, pack_dtype=dtype), weight)
+        assert torch.equal(value(narrow), value(wide))
+        assert (
+            narrow.tensors["qweight"].shape == (128 // size, 9)
+            and str(narrow.tensors["qweight"].dtype) == f"torch.{dtype}"
+        )
+        assert int(narrow.tensors["qweight"][0, 4]) & 0xFF == int(wide.tensors["qweight"][0, 4]) & 0xFF
+    with pytest.raises(ConfigError, match="in words of 8"):
+        method("gptq").select(GptqConfig(3, pack_dtype="int8"), linear("fc", 8, 32), InMemory({}), {})
+
+
 def test_gptq_takes_a_short_last_group_and_whole_rows() -> None:
     weight = sample(32, 80)
     packed = quantize("gptq", GptqConfig(4, group_size=64), weight)

@@ -1,4 +1,4 @@
-"""Codes that lie side by side in 32-bit words: as one bit stream, or in planes of a power-of-two width."""
+"""Codes that lie side by side in words: as one bit stream, or in planes of a power-of-two width."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def planes(width: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 4, 2, 1) if width & w)
 
 
-def stream(word: Word, i: Expr, width: int) -> Expr:
-    """Code `i` of a little-endian bit stream: bits [i * width, (i + 1) * width), across words where they fall so."""
-    if 32 % width == 0:
-        return bits(word(i // (32 // width)), i % (32 // width) * width, width)
-    piece = math.gcd(width, 32)  # pieces of this width never straddle two words
+def stream(word: Word, i: Expr, width: int, size: int = 32) -> Expr:
+    """Code `i` of a little-endian bit stream: bits [i * width, (i + 1) * width), across words of `size` where they fall so."""
+    if size % width == 0:
+        return bits(word(i // (size // width)), i % (size // width) * width, width)
+    piece = math.gcd(width, size)  # pieces of this width never straddle two words
     starts = [i * width + j for j in range(0, width, piece)]
-    return cat(*(bits(word(start // 32), start % 32, piece) for start in starts))
+    return cat(*(bits(word(start // size), start % size, piece) for start in starts))
 
 
 def planar(word: Word, i: Expr, width: int) -> Expr:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qcompile.sources import TensorSource
 
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
+WORDS = {"int32": 32, "int16": 16, "int8": 8}
 BLOCKS = (
     "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers",
     "h", "decoder.layers", "layers",
@@ -111,7 +112,7 @@ class GptqConfig(MethodConfig):
         self.require(
             self.format in FORMATS, "format", ", ".join(FORMATS), "convert a marlin or bitblas checkpoint back to gptq"
         )
-        self.require(self.pack_dtype == "int32", "pack_dtype", "'int32'")
+        self.require(self.pack_dtype in WORDS, "pack_dtype", ", ".join(WORDS))
         if self.desc_act:  # as transformers does: the two orders exclude each other
             object.__setattr__(self, "act_group_aware", False)
         for pattern, override in (self.dynamic or {}).items():
@@ -236,6 +237,7 @@ class Gptq(Method):
             indirect=indirect,
             planar=config.format == "gptq_p" or bits in (5, 6, 7),
             scale=scale,
+            word=WORDS[config.pack_dtype],
         )
 
     def _stored(
