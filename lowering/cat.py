@@ -1,10 +1,12 @@
-"""Lowering of what only moves data: aten.cat, aten.stack and aten.repeat copy into windows of the result."""
+"""Lowering of what only moves data: aten.cat, aten.stack, aten.repeat and padding copy into windows of the result."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
 from qcompile.lowering.base import Context, Refuse, operands
+from qcompile.lowering.meaning import number
+from qcompile.lowering.pointwise import Operand, call
 from qcompile.lowering.symbolic import Strided, size
 
 
@@ -46,6 +48,27 @@ def lower_repeat(node: Node, ctx: Context) -> None:
     window = target.reshape(pairs)
     assert window is not None  # the result is contiguous
     _copy(ctx, source.expand(pairs), window)
+
+
+def lower_pad(node: Node, ctx: Context) -> None:
+    """x inside, and two edges along each axis that is padded: those of the last axis first, the rest between them."""
+    x, pad, mode, value = operands(node, mode="constant", value=None)
+    if mode != "constant":
+        raise Refuse(f"padding of mode '{mode}'")
+    if any(not isinstance(count, int) or count < 0 for count in pad):
+        raise Refuse(f"padding by {pad}, where only numbers from 0 on are handled")
+    ctx.output(node)
+    source, inside, dtype = ctx.strided(x), ctx.strided(node), ctx.dtype(node)
+    filled = [["full", dtype, [number(value or 0)]]]
+    for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        axis = len(source.shape) - 1 - i
+        length = source.shape[axis]
+        for start, count in ((0, before), (before + length, after)):
+            if count:
+                edge = Operand(ctx.view(inside.slice(axis, start, count)), dtype)
+                ctx.emit(call(ctx, [], [edge], filled, [0]))
+        inside = inside.slice(axis, before, length)
+    _copy(ctx, source, inside)
 
 
 def _copy(ctx: Context, source: Strided, window: Strided) -> None:

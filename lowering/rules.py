@@ -44,6 +44,8 @@ SHARED: dict[str, str] = {
     "aten.index.Tensor": "gather:lower_index",
     "aten.cat.default": "cat:lower_cat",
     "aten.diff.default": "diff:lower_diff",
+    "aten.constant_pad_nd.default": "cat:lower_pad",
+    "aten.pad.default": "cat:lower_pad",
     "aten.repeat.default": "cat:lower_repeat",
     "aten.stack.default": "cat:lower_stack",
 }

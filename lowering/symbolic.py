@@ -129,6 +129,13 @@ class Strided:
         shape[axis], strides[axis] = size(length), sympy.expand(strides[axis] * step)
         return replace(self, shape=tuple(shape), strides=tuple(strides), offset=offset)
 
+    def unfold(self, axis: int, count: Any, length: int, step: int) -> Strided:
+        """`count` windows of `length` elements along `axis`, `step` apart; the windows' elements become the last axis."""
+        axis %= len(self.shape)
+        shape, strides = list(self.shape), list(self.strides)
+        shape[axis], strides[axis] = size(count), sympy.expand(strides[axis] * step)
+        return self._with([*shape, sympy.Integer(length)], [*strides, self.strides[axis]])
+
     def reshape(self, shape: Sequence[Any]) -> Strided | None:
         """The same elements in another shape, or None when that needs a copy."""
         sizes = [size(item) for item in shape]

@@ -60,6 +60,11 @@ def _unbind(node: Node, ctx: Context) -> tuple[Strided, ...]:
     return tuple(source.select(axis, index) for index in range(len(node.meta["val"])))
 
 
+def _unfold(node: Node, ctx: Context) -> Strided:
+    x, axis, length, step = _args(node)
+    return ctx.strided(x).unfold(axis, node.meta["val"].shape[axis % x.meta["val"].dim()], length, step)
+
+
 def _squeeze(node: Node, ctx: Context) -> Strided:
     source = ctx.strided(_args(node)[0])
     axes = _args(node)[1] if len(_args(node)) > 1 else range(len(source.shape))
@@ -90,6 +95,7 @@ VIEWS: dict[Any, Callable[[Node, Context], Any]] = {
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _split,
     aten.unbind.int: _unbind,
+    aten.unfold.default: _unfold,
     aten.contiguous.default: _source,
     aten.clone.default: _source,
     aten.alias.default: _source,

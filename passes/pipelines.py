@@ -18,6 +18,7 @@ PASSES: dict[str, str] = {
     "round-outputs": "qcompile.passes.round_outputs:RoundOutputs",
     "round-cache": "qcompile.passes.round_cache:RoundCache",
     "add-kv-cache": "qcompile.passes.add_kv_cache:AddKvCache",
+    "convolutions": "qcompile.passes.convolutions:Convolutions",
     "fuse-dequantize": "qcompile.passes.fuse_dequantize:FuseDequantize",
     "choose-layout": "qcompile.passes.choose_layout:ChooseLayout",
     "layout-experts": "qcompile.passes.layout_experts:LayoutExperts",
@@ -46,6 +47,7 @@ FULL: tuple[str, ...] = (
     "round-outputs",  # while every module and every rounding is still there by itself
     "round-cache",  # while keys and values still go to one attention
     "add-kv-cache",  # before rope is fused, which looks for the attention that reads it
+    "convolutions",  # after methods have looked at modules; below they are linears like all others
     "fuse-dequantize",
     "fuse-rounding",  # before transforms are taken apart
     "decompose",  # before layouts: a rotation holds a linear of its own

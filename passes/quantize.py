@@ -224,37 +224,8 @@ class Quantize(Pass):
             self._replace(site, placed)
             count += 1
             if path not in program.weights:
-                self._record(program, ctx, site.module, selected, placed)
+                keep_record(program, ctx, site.module, selected, placed)
         return count
-
-    def _record(
-        self, program: Program, ctx: Context, module: Module, selected: Quantized | Skip, placed: Placed
-    ) -> None:
-        record = placed.record
-        shared = next((path for path, other in program.weights.items() if other.tensors == record.tensors), "")
-        skipped = isinstance(selected, Skip)
-        reasons = (
-            selected.reason if isinstance(selected, Skip) else selected.note,
-            shared and f"stored once, with {shared}",
-        )
-        bits = format_from_json(record.format).bits_per_weight(record.n, record.k)
-        assert record.origin is not None  # every weight that is placed has one
-        origin = replace(record.origin, module=module, quantized=not skipped)
-        program.weights[module.path] = replace(record, origin=origin)
-        ctx.report.weight(
-            WeightRow(
-                module.path,
-                "none" if skipped else ctx.report.method,
-                record.format["kind"],
-                module.n,
-                module.k,
-                record.format["kind"],
-                bits,
-                0 if shared else round(bits * record.n * record.k / 8),
-                reason="; ".join(filter(None, reasons)),
-                around=placed.around,
-            )
-        )
 
     def _replace(self, site: _Site, placed: Placed) -> None:
         node, record = site.node, placed.record
@@ -265,6 +236,35 @@ class Quantize(Pass):
             made = layer(node, arguments(node)["input"], arguments(node)["bias"], placed, self.name)
         made.meta["module"] = site.module.path
         substitute(node, made)
+
+
+def keep_record(program: Program, ctx: Context, module: Module, selected: Quantized | Skip, placed: Placed) -> None:
+    """Notes where the weight of a module lies, in the program and in the report."""
+    record = placed.record
+    shared = next((path for path, other in program.weights.items() if other.tensors == record.tensors), "")
+    skipped = isinstance(selected, Skip)
+    reasons = (
+        selected.reason if isinstance(selected, Skip) else selected.note,
+        shared and f"stored once, with {shared}",
+    )
+    bits = format_from_json(record.format).bits_per_weight(record.n, record.k)
+    assert record.origin is not None  # every weight that is placed has one
+    origin = replace(record.origin, module=module, quantized=not skipped)
+    program.weights[module.path] = replace(record, origin=origin)
+    ctx.report.weight(
+        WeightRow(
+            module.path,
+            "none" if skipped else ctx.report.method,
+            record.format["kind"],
+            module.n,
+            module.k,
+            record.format["kind"],
+            bits,
+            0 if shared else round(bits * record.n * record.k / 8),
+            reason="; ".join(filter(None, reasons)),
+            around=placed.around,
+        )
+    )
 
 
 def layer(node: Node, x: Node, bias: Node | None, placed: Placed, made_by: str) -> Node:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qcompile.dims import Dim
+
+if TYPE_CHECKING:
+    import torch
 
 BufferKind = Literal["input", "output", "weight", "state", "temp", "counter"]
 
@@ -199,10 +202,12 @@ class Module:
     "Experts" are `experts` weights [N, K] of a mixture, one tensor [E, N, K] ([E, K, N] if `transposed`) of which `path` is
     the name; `n` and `k` are those of one. `parts` are the paths of the layers in the source that make it up, those of the
     first expert first, where the source has them quantized one by one.
+    "Convolution" is one that is computed as a linear map of windows: its weight [N, C, *window] as a matrix [N, K] with the
+    channels innermost in K.
     """
 
     path: str
-    kind: Literal["Linear", "Conv1D", "Embedding", "Experts"]
+    kind: Literal["Linear", "Conv1D", "Embedding", "Experts", "Convolution"]
     n: int
     k: int
     weight: str
@@ -215,6 +220,11 @@ class Module:
     experts: int = 0
     transposed: bool = False
     parts: tuple[str, ...] = ()
+    window: tuple[int, ...] = ()
+
+    def unflattened(self, weight: torch.Tensor) -> torch.Tensor:
+        """A convolution's weight [N, C, *window] from its matrix [N, K]."""
+        return weight.reshape(self.n, *self.window, -1).movedim(-1, 1)
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,8 @@ def _dense(packed: Packed, record: WeightRecord) -> tuple[str, torch.Tensor]:
     else:
         weight = dequantize(packed.format, packed.tensors, packed.N, packed.K)
     module = record.origin.module
+    if module.window:
+        return module.weight, module.unflattened(weight)
     if module.experts:
         weight = weight.reshape(module.experts, module.n, module.k)
     return module.weight, weight.transpose(-1, -2) if module.kind == "Conv1D" or module.transposed else weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -237,6 +238,11 @@ def _record(path: str, record: WeightRecord, tensors: Mapping[str, torch.Tensor]
             check_indices(record.order, tensors[record.order], record.k)
     except (QCompileError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise _fail("a weight's tensors are not those of its format", path, error, record.format) from error
+    module = None if record.origin is None else record.origin.module
+    if module is not None and module.window:
+        fits = min(module.window) >= 1 and module.n == record.rows and record.k % math.prod(module.window) == 0
+        if not fits:
+            raise _fail("a convolution's window does not fit its weight", path, module.window)
     if record.row < 0 or record.rows < 0 or record.row + record.rows > record.n:
         raise _fail("a weight's rows lie outside it", path, f"{record.rows} from {record.row}", f"inside {record.n}")
     if record.order is not None and tuple(tensors[record.order].shape) != (record.k,):

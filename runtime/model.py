@@ -206,7 +206,7 @@ class CompiledModel:
     def weight(self, path: str) -> torch.Tensor:
         """The weight f32 [N, K] of the module at `path`, from the packed tensors by the format's formula.
 
-        That of a mixture of experts is [E, N, K].
+        That of a mixture of experts is [E, N, K], and that of a convolution [N, C, *window].
 
         It is the weight that acts on the module's own input: a permutation, rotation or scale that the compiled model
         applies to the input instead is undone.
@@ -215,7 +215,8 @@ class CompiledModel:
         if mixture is not None:
             whole = torch.cat([self._weight(part) for part in mixture.parts])
             return whole.reshape(mixture.experts, -1, whole.shape[-1])
-        return self._weight(path)
+        weight, origin = self._weight(path), self.artifact.weights[path].origin
+        return weight if origin is None or not origin.module.window else origin.module.unflattened(weight)
 
     def _weight(self, path: str) -> torch.Tensor:
         from qcompile.evaluate import dequantize

@@ -76,6 +76,9 @@ VIEWS = {
     "expanded": lambda x: x[:, :1].expand(-1, 5, -1) * 3.0,
     "two views": lambda x: x[:, 1:] * x[:, :-1],
     "selected": lambda x: x[:, 2] + x[:, 0],
+    "windows": lambda x: x.unfold(1, 3, 2) * 2.0,
+    "windows as rows": lambda x: x.unfold(1, 3, 1).permute(0, 1, 3, 2).flatten(2),
+    "padded": lambda x: functional.pad(x, (1, 2, 0, 3, 2, 0), value=-2.5),
 }
 
 REDUCTIONS = {
