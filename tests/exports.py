@@ -20,6 +20,11 @@ def install() -> None:
     capture_hf.export = _once  # type: ignore[attr-defined]
 
 
+def forget() -> None:
+    """For tests of tracing itself."""
+    _MADE.clear()
+
+
 def _once(model: nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
     """As `qcompile.capture.export`; a transformers model is traced again where anything differs that tracing sees."""
     key = _key(model, args, kwargs, dynamic_shapes)

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import end_to_end_models as tiny
+import exports
 import pytest
 import tiny_models
 import torch
 
 import qcompile
-from qcompile import capture, capture_hf
 from qcompile.errors import ArtifactError
 
 # One worker: what is built for a target serves several tests.
@@ -67,9 +67,9 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("target", ["cpu", "reference"])
 def test_the_same_model_gives_the_same_bytes(target, tmp_path, monkeypatch):
-    """In two compilations, each with a trace of its own, of which one builds every kernel anew."""
-    monkeypatch.setattr(capture_hf, "export", capture.export)
+    """In two compilations, of which the second traces and builds everything anew."""
     _compile(target).save(tmp_path / "one")
+    exports.forget()
     if target == "cpu":
         monkeypatch.setenv("QCOMPILE_HOME", str(tmp_path / "empty"))
     _compile(target).save(tmp_path / "two")

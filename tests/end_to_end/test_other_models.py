@@ -25,8 +25,14 @@ def _inputs(name: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize(("config", "target"), [*((config, "cpu") for config in tiny.CONFIGS), ("nf4", "reference")])
-@pytest.mark.parametrize("name", ["bert", "bert-mlm", "vit"])
+@pytest.mark.parametrize(
+    ("name", "config", "target"),
+    [
+        *(("bert", config, "cpu") for config in tiny.CONFIGS),
+        *((name, "nf4", target) for name in ("bert-mlm", "vit") for target in TARGETS),
+        ("vit", "hqq", "cpu"),
+    ],
+)
 @torch.no_grad()
 def test_encoders_and_vision_models(name, config, target):
     model = tiny_models.other(name)
@@ -81,8 +87,10 @@ def test_an_mlp(widths, bias, config, target):
         assert tiny.difference(q(spread), eager(spread)) < 5e-6, rows
 
 
-@pytest.mark.parametrize("config", tiny.CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [(torch.bfloat16, "float"), (torch.bfloat16, "hqq"), (torch.float16, "nf4"), (torch.float16, "gptq")],
+)
 @torch.no_grad()
 def test_half_precision_weights(dtype, config):
     """A CPU computes in float32 whatever the weights were stored in."""
