@@ -118,15 +118,23 @@ class Tile:
 
 
 def tile(p: Params, capability: int) -> Tile:
-    """The tile of a program. f32 dots have no tensor cores to feed, and twice the bytes."""
-    width, keys = pad(max(p.d, p.dv)), block_keys(p.d, p.dv)
+    """The tile of a program: as many rows and keys as registers hold. f32 dots have no tensor cores to feed, and twice the bytes.
+
+    There is less room where rows come to be rounded, or a number is added to each score, and where tensor cores cannot read
+    their operands from shared memory (all but those of capability 9.x and 10.x).
+    """
+    width = pad(max(p.d, p.dv))
     if capability == 0:
         return Tile(16, 16, 4, 1)
     if p.compute == "f32":
-        return Tile(32, min(keys, 32), 4, 1)
-    if width > 128:
-        return Tile(64, keys, 4, 2) if width <= 256 else Tile(64, keys, 8, 1)
-    return Tile(128, keys, 8, 2)
+        return Tile(32, min(block_keys(p.d, p.dv), 32), 4, 1)
+    more = "f32" in [rows.dtype for rows, _ in p.rows.values()] or (p.mask is not None and p.mask.dtype != "bool")
+    roomy = capability // 10 in (9, 10) and not more
+    if width <= 128:
+        return Tile(128, 64 if roomy or width <= 64 else 32, 8, 2)
+    if width <= 256:
+        return Tile(128 if roomy else 64, 16 if more else 32, 8, 1 if more else 2)
+    return Tile(16 if more else 32, 16, 8, 1)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:

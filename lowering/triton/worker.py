@@ -35,8 +35,8 @@ def main(folder: Path) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The answer to a request; `file` is where its text is put, for Triton to read it."""
+def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None) -> dict[str, Any]:
+    """The answer to a request; `file` is where its text is put, for Triton to read it. `most`: registers of a thread."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -51,6 +51,8 @@ def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
     attributes = {(at,): aligned for at, type_ in enumerate(request["signature"]) if type_.startswith("*")}
     source = ASTSource(function, signature, {}, attributes)
     options = {"num_warps": request["warps"], "num_stages": request["stages"], "enable_fp_fusion": request["fusion"]}
+    if most is not None:
+        options["maxnreg"] = most
     if request["ptx"] is not None:
         options["ptx_version"] = request["ptx"]
     if not request["assemble"]:
@@ -65,6 +67,9 @@ def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"the kernel needs {name} = {getattr(meta, name)}, which its caller would have to provide")
     content = made.asm["cubin"] if request["assemble"] else ptx.encode()
     registers, spills = _usage(content, file.with_suffix(".cubin")) if request["assemble"] else (0, 0)
+    if spills and most is None:
+        # The assembler keeps registers few for more programs at a time; told how many there are, it takes them before it spills.
+        return compile_kernel(request, file, most=min(255, 65536 // (32 * meta.num_warps)))
     return {
         "object": base64.b64encode(content).decode(), "shared": meta.shared, "warps": meta.num_warps,
         "registers": registers, "spills": spills, "parameters": len(re.findall(r"^\s*\.param\s", ptx, re.MULTILINE)),
