@@ -457,7 +457,8 @@ class _Stream:
         if not way.on_sums:
             return [f"{total} = tl.dot(w{piece}{s}, x_tile, {total})"]
         own = piece * way.pieces // pieces
-        lines = [f"{total} += tl.dot(w{piece}{s}, x_tile) * ({self._number('scales', u, own)})[:, None]"]
+        scale = f"tl.broadcast_to(({self._number('scales', u, own)})[:, None], {total}.shape)"
+        lines = [f"{total} = tl.fma(tl.dot(w{piece}{s}, x_tile), {scale}, {total})"]
         if way.shifted:
             zero = self._zero(u, own)
             shift = f"-({self._number('scales', u, own)})[:, None] * {zero}" if zero else ""

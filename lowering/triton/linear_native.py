@@ -235,7 +235,7 @@ class _Text:
         for i in range(len(self.streams)):
             at = f"{self._scale_row(i)} * {w_groups} + s // {self.w_group // self.segment}"
             by = self._factor(f"(x_by * tl.load(w_scale + {at}))")
-            inner.append(f"sum{i} += acc{i}.to(tl.float32) * {by}")
+            inner.append(f"sum{i} = tl.fma(acc{i}.to(tl.float32), {by}, sum{i})")
         return [*lines, *(f"    {line}" for line in inner)]
 
     def _part(self, count: int) -> str:
