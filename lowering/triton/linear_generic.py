@@ -21,11 +21,11 @@ from qcompile.lowering.triton.epilogue import finish
 from qcompile.lowering.triton.linear import Request, Section, Shape, types
 from qcompile.lowering.triton.linear_params import LinearParams, problem_of
 from qcompile.lowering.triton.source import Source
+from qcompile.lowering.triton.tiles import FEW
 from qcompile.lowering.triton.weights import Tables, Tile
 from qcompile.target import Target
 
 TEMPLATE, TIER = "linear-generic", "generic"
-FEW = 4  # rows of x that are multiplied without tensor cores
 MIDDLE = 32  # rows from which on one kernel serves any number of them
 
 
@@ -94,7 +94,8 @@ class _Text:
         bits = max(round(format.bits_per_weight(n, shape.k)) for format, n in zip(formats, shape.rows, strict=True))
         rows = max(section.rows for section in self.sections)
         plan = schedule.choose(
-            "generic", rows, shape.k, most, max(bits, 1), target.capability, value="any", split_k=split_k
+            "generic", rows, shape.k, most, max(bits, 1), target.capability, value="any", split_k=split_k,
+            streams=2 if shape.glu else 1,
         )  # fmt: skip
         if text.interpreted(target):
             # It takes its time for an operation, not for an element: the fewer programs and steps the better.

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from qcompile.lowering.triton.devices import Device
 
+FEW = 4
+"""The most rows of x that a "generic" kernel multiplies without tensor cores, with a sum for each place of a tile."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -81,6 +84,8 @@ KINDS: dict[str, Kind] = {
 def registers(problem: Problem, schedule: Schedule) -> int:
     """The registers of one thread, about: its sums, a step's operands in flight, and addresses."""
     threads = 32 * schedule.warps
+    if problem.kind == "generic" and problem.m <= FEW:
+        return int(40 + (problem.streams * problem.m + 1) * schedule.block_n * schedule.block_k / threads)
     sums = problem.streams * schedule.block_n * schedule.block_m / threads
     operands = schedule.block_n * min(schedule.block_k, 64) / threads / 2
     return int(40 + sums + operands)
