@@ -55,7 +55,7 @@ BOUNDS: tuple[tuple[str, Bound], ...] = (
     ("torchao-mxfp8", Bound(0.0, 6e-2, BFLOAT)),
     (
         "torchao-int8da-int8w",
-        Bound(0.0, 2e-2, "sums are float32, not int32 times a scale: single codes of activations flip"),
+        Bound(0.0, 2e-2, "a row's largest input, where negative, lies between two codes: its last bit takes one"),
     ),
     ("*", Bound()),
 )

@@ -13,6 +13,7 @@ from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.lowering.mlir.attention_params import Attention
 from qcompile.lowering.mlir.linear import Shape
 from qcompile.lowering.mlir.linear_int8 import scheme
+from qcompile.transforms.round_int import RoundInt
 
 Case = tuple[KernelSpec, tuple[int, ...]]
 CASES: dict[str, Case] = {}
@@ -62,8 +63,12 @@ def _many() -> None:
         two = _linear(three, LanesDense(), ragged=True, bias=True, epilogue=(ADD,), tile=tile)
         _case(f"gemm-{tile}", "linear-gemm", two, 29, 272, 40, 7)
         _case(f"gemm-gated-{tile}", "linear-gemm", _linear(four, four, epilogue=(GLU,), tile=tile), 13, 64, 48, 48)
-    for name, format, act in (("start", four, 32), ("after", three, 48), ("none", Lanes(4, 96, TABLE), 32)):
-        common: dict[str, Any] = {"k": 96, "act_group": act, "rounding": None, "ragged": True}
+    static = RoundInt(per="tensor", scale="f32", zero="u8", low=0, high=255, zero_first=False)
+    for name, format, act, how in (
+        ("start", four, 32, None), ("after", three, 48, None), ("none", Lanes(4, 96, TABLE), 32, None),
+        ("static", four, 96, static.to_json()),
+    ):  # fmt: skip
+        common: dict[str, Any] = {"k": 96, "act_group": act, "rounding": how, "ragged": True}
         few = _linear(format, format, rows=4, blocks=2, bias=True, prologue=RMS, **common)
         _case(f"int8-gemv-{name}", "linear-int8-gemv", few, 3, 96, 40, 7)
         many = _linear(format, format, tile=8, side=3, m_block=16, epilogue=(GLU, MUL), **common)
@@ -107,6 +112,8 @@ def _others() -> None:
     _case("softmax", "row-norm", {"op": "log_softmax", **floats}, 3, 37)
     _case("sum", "reduce", {"op": "sum", "x": "i32", "y": "i64"}, 3, 37)
     _case("argmax", "reduce", {"op": "argmax", "x": "f32", "y": "i64"}, 3, 37)
+    _case("topk", "topk", {"x": "bf16", "k": 3, "largest": False}, 3, 37)
+    _case("cumsum", "cumsum", {"x": "u8", "y": "i64"}, 3, 37)
     _case("gather", "gather", {"x": "f16", "index": "i64", "y": "f32"}, 2, 5, 7, 19)
     ops = [
         ["gelu", "f32", [0]],
