@@ -1,4 +1,4 @@
-"""Lowering of what only moves data: aten.cat, aten.stack, aten.repeat and padding copy into windows of the result."""
+"""Lowering of what only moves data: aten.cat, aten.stack, repetitions and padding copy into windows of the result."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def lower_repeat(node: Node, ctx: Context) -> None:
     window = target.reshape(pairs)
     assert window is not None  # the result is contiguous
     _copy(ctx, source.expand(pairs), window)
+
+
+def lower_repeat_interleave(node: Node, ctx: Context) -> None:
+    """One copy: of x where every element along an axis has a dimension behind it along which nothing changes."""
+    x, count, axis = operands(node, dim=None)
+    if axis is None:
+        raise Refuse("repeat_interleave of no axis")
+    ctx.output(node)
+    source, target = ctx.strided(x), ctx.strided(node)
+    axis = axis % len(source.shape) + 1
+    sizes = [*source.shape[:axis], count.meta["val"] if isinstance(count, Node) else count, *source.shape[axis:]]
+    window = target.reshape(sizes)
+    assert window is not None  # the result is contiguous
+    _copy(ctx, source.unsqueeze(axis).expand(sizes), window)
 
 
 def lower_pad(node: Node, ctx: Context) -> None:

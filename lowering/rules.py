@@ -42,11 +42,14 @@ SHARED: dict[str, str] = {
     "aten.embedding.default": "gather:lower_embedding",
     "aten.index_select.default": "gather:lower_index_select",
     "aten.index.Tensor": "gather:lower_index",
+    "aten.topk.default": "topk:lower_topk",
+    "aten.cumsum.default": "cumsum:lower_cumsum",
     "aten.cat.default": "cat:lower_cat",
     "aten.diff.default": "diff:lower_diff",
     "aten.constant_pad_nd.default": "cat:lower_pad",
     "aten.pad.default": "cat:lower_pad",
     "aten.repeat.default": "cat:lower_repeat",
+    "aten.repeat_interleave.self_int": "cat:lower_repeat_interleave",
     "aten.stack.default": "cat:lower_stack",
 }
 

@@ -30,6 +30,15 @@ def around_codes(dtype: str) -> torch.Tensor:
     return torch.cat([near, most, -most, values(1000) * 100, values(1000) * 1e-3])
 
 
+def rows_in_disorder(dtype: torch.dtype) -> torch.Tensor:
+    """[2, 2, 37]: different numbers in each row, with infinities and a NaN."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.linspace(-9, 9, 37)[torch.randperm(37, generator=generator)] for _ in range(4)]
+    x = torch.cat(rows).view(2, 2, 37).to(dtype)
+    x[0, 0, 7], x[1, 1, 3], x[1, 0, 30] = math.inf, -math.inf, math.nan
+    return x
+
+
 def parts_along(axis: int) -> list[torch.Tensor]:
     """Three tensors that differ in their size along `axis`."""
     shapes = [[2, 3, 5], [2, 3, 5], [2, 3, 5]]

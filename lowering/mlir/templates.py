@@ -11,6 +11,7 @@ TEMPLATES: dict[str, str] = {
     "attention": "attention_kernel",
     "attention-combine": "attention_combine",
     "cache-write": "cache_write",
+    "cumsum": "cumsum",
     "embedding": "embedding",
     "experts-gemv": "experts_gemv",
     "gather": "gather",
@@ -23,6 +24,7 @@ TEMPLATES: dict[str, str] = {
     "reduce": "reduce",
     "rope": "rope",
     "row-norm": "norm",
+    "topk": "topk",
 }
 
 _ALL = Templates("qcompile.lowering.mlir", TEMPLATES)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Node
-
 from qcompile.artifact import Extent
-from qcompile.dims import times
 from qcompile.expr import FLOATS
-from qcompile.lowering.alignment import tile
-from qcompile.lowering.base import Context, Refuse, operands
-from qcompile.lowering.extents import Element, numbers
+from qcompile.lowering import cumsum
+from qcompile.lowering.cumsum import TEMPLATE
+from qcompile.lowering.extents import numbers
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.memory import convert, load, pointer, store, value_type
 from qcompile.lowering.triton.source import Source
@@ -20,31 +17,18 @@ from qcompile.lowering.triton.text import module
 from qcompile.lowering.triton.tiling import Tiled, columns, grid, height, row_lines, warps
 from qcompile.target import Target
 
-TEMPLATE = "cumsum"
-
-
-def lower_cumsum(node: Node, ctx: Context) -> None:
-    x, axis, _ = operands(node, dtype=None)
-    source, rank = ctx.strided(x), len(x.meta["val"].shape)
-    if not rank or axis % rank != rank - 1:
-        raise Refuse("cumsum over another than the last dimension")
-    *rows, n = ctx.shape(x)
-    params = {"x": source.dtype, "y": ctx.dtype(node), **tile(ctx, n)}
-    ctx.emit(ctx.call(TEMPLATE, params, [ctx.contiguous(x), ctx.output(node)], [times(*rows), n], [1]))
-
 
 @dataclass(frozen=True)
-class Params(Tiled):
+class Params(cumsum.Params, Tiled):
     """The dtypes, and the tile."""
 
-    x: Element
-    y: Element
+    def problem(self) -> str:
+        return Tiled.problem(self)
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
-    rows, n = numbers(dims, 2)
-    params.check(rows, n)
-    return [Extent(params.x, rows * n), Extent(params.y, rows * n, True)]
+    params.check(*numbers(dims, 2))
+    return cumsum.extents(params, dims, threads)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:

@@ -7,9 +7,7 @@ from torch.fx import Node
 from qcompile.lowering.rules import Rule, find
 
 RULES: dict[str, str] = {
-    "aten.cumsum.default": "cumsum:lower_cumsum",
     "aten.scaled_dot_product_attention.default": "attention:lower_sdpa",
-    "aten.topk.default": "topk:lower_topk",
     "qcompile.attention.default": "attention:lower_attention",
     "qcompile.cached_attention.default": "attention:lower_cached_attention",
     "qcompile.dequantize.default": "dequantize:lower_dequantize",

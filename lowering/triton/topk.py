@@ -5,55 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Node
-
 from qcompile.artifact import Extent
-from qcompile.dims import times
-from qcompile.lowering.alignment import MOST_COLUMNS, tile
-from qcompile.lowering.base import Context, Refuse, operands
-from qcompile.lowering.extents import Float, numbers, outside
+from qcompile.lowering import topk
+from qcompile.lowering.extents import numbers, outside
+from qcompile.lowering.topk import TEMPLATE
 from qcompile.lowering.triton.memory import load
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import module
 from qcompile.lowering.triton.tiling import Tiled, columns, grid, height, row_lines, warps
 from qcompile.target import Target
 
-TEMPLATE = "topk"
-MOST = 256  # elements that are taken of a row
-
-
-def lower_topk(node: Node, ctx: Context) -> None:
-    x, k, axis, largest, _ = operands(node, dim=-1, largest=True, sorted=True)
-    source, rank = ctx.strided(x), len(x.meta["val"].shape)
-    if not rank or axis % rank != rank - 1:
-        raise Refuse("topk over another than the last dimension")
-    if source.dtype not in ("f32", "f16", "bf16"):
-        raise Refuse(f"topk of {source.dtype} elements")
-    *rows, n = ctx.shape(x)
-    if not isinstance(n, int) or not isinstance(k, int) or n > MOST_COLUMNS or not 1 <= k <= MOST:
-        raise Refuse(f"topk with k = {k} of rows of {n} elements; at most {MOST} of {MOST_COLUMNS} are taken")
-    params = {"x": source.dtype, "k": k, "largest": largest, **tile(ctx, n)}
-    args = [ctx.contiguous(x), *ctx.outputs_of(node)]
-    ctx.emit(ctx.call(TEMPLATE, params, args, [times(*rows), n], [1, 2]))
-
 
 @dataclass(frozen=True)
-class Params(Tiled):
-    """The dtype of x and of the values, how many are taken, whether the greatest or the least, and the tile."""
-
-    x: Float
-    k: int
-    largest: bool
+class Params(topk.Params, Tiled):
+    """And the tile, which holds a row."""
 
     def problem(self) -> str:
-        return super().problem() or outside(self, k=1 <= self.k <= MOST, whole=self.whole)
+        return topk.Params.problem(self) or Tiled.problem(self) or outside(self, whole=self.whole)
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
-    rows, n = numbers(dims, 2)
-    params.check(rows, n)
-    taken = rows * params.k
-    return [Extent(params.x, rows * n), Extent(params.x, taken, True), Extent("i64", taken, True)]
+    params.check(*numbers(dims, 2))
+    return topk.extents(params, dims, threads)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:

@@ -72,7 +72,7 @@ def test_experts_that_were_quantized_one_by_one(name, config, target, names, up,
         row = q.report.weights[path]
         assert (row.method, row.tier) == (config["quant_method"], "lanes" if target == "cpu" else "eager")
     if target == "cpu":
-        assert {fallback.op for fallback in q.report.fallbacks} == {"aten.topk.default"}
+        assert not q.report.fallbacks
     ids, model = tiny.tokens(2, 9), tiny.with_weights_of(tiny_models.decoder(name), q)
     assert tiny.difference(q(input_ids=ids).logits, model(ids).logits) < 1e-5
     q.save(tmp_path / "saved")

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from glue_cases import BINARY, REDUCTIONS, SMOOTH, SPECIAL, UNARY, VIEWS, around_codes, parts_along, values
+from glue_cases import (
+    BINARY,
+    REDUCTIONS,
+    SMOOTH,
+    SPECIAL,
+    UNARY,
+    VIEWS,
+    around_codes,
+    parts_along,
+    rows_in_disorder,
+    values,
+)
 from gpu.interpret import run
 from gpu.triton_lowered import INTERPRETED, Interpreted
 from tiny_programs import Call, program
@@ -226,8 +237,7 @@ def test_an_index_out_of_range_reads_nothing_and_shows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_topk(dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-9, 9, 37)[torch.randperm(37)] for _ in range(4)]).view(2, 2, 37).to(dtype)
-    x[0, 0, 7], x[1, 1, 3], x[1, 0, 30] = math.inf, -math.inf, math.nan
+    x = rows_in_disorder(dtype)
     for largest in (True, False):
         for part in (0, 1):
             agrees(lambda x, part=part, big=largest: torch.topk(x, 5, largest=big)[part], x, rtol=0, atol=0)
@@ -251,6 +261,7 @@ def test_repeat_and_diff() -> None:
     agrees(lambda x: x.repeat(2, 1, 3), values(3, 5), rtol=0, atol=0)
     agrees(lambda x: x.repeat(3, 2), values(4, 3).t().contiguous().t()[1:], rtol=0, atol=0)
     agrees(lambda x: x.repeat(x.shape[0], x.shape[1], 2), values(3, 5), dynamic={0: "b", 1: "s"}, rtol=0, atol=0)
+    agrees(lambda x: x.repeat_interleave(3, 1), values(2, 4, 5), rtol=0, atol=0)
     x, before, after = (values(2, n, 5, seed=n) for n in (7, 1, 2))
     agrees(lambda x: torch.diff(x), x, rtol=0, atol=0)
     agrees(lambda x, a, b: torch.diff(x, dim=1, prepend=a, append=b), x, before, after, rtol=0, atol=0)

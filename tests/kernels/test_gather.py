@@ -49,6 +49,7 @@ def test_cat(axis: int) -> None:
 def test_repeat_and_diff() -> None:
     agrees(lambda x: x.repeat(2, 1, 3), values(3, 5), rtol=0, atol=0)
     agrees(lambda x: x.repeat(3, 2), values(4, 3).t().contiguous().t()[1:], rtol=0, atol=0)
+    agrees(lambda x: x.repeat_interleave(3, 1), values(2, 4, 5), rtol=0, atol=0)
     x, before, after = (values(2, n, 5, seed=n) for n in (7, 1, 2))
     agrees(lambda x: torch.diff(x), x, rtol=0, atol=0)
     agrees(lambda x, a, b: torch.diff(x, dim=1, prepend=a, append=b), x, before, after, rtol=0, atol=0)
