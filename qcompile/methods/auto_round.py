@@ -1,4 +1,4 @@
-"""AutoRound: a way to choose integers, stored as GPTQ or AWQ store theirs; on the fly, round-to-nearest."""
+"""AutoRound: a way to choose integers, stored as GPTQ or AWQ store theirs, and small floats; on the fly, round-to-nearest."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 
 from qcompile.errors import CheckpointError, ConfigError
+from qcompile.methods import auto_round_floats as floats
 from qcompile.methods import skip, stored
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.methods.gptq import AUTO_ROUND, BLOCKS
@@ -49,7 +50,7 @@ class AutoRoundConfig(MethodConfig):
 
     `packing_format` says how. `block_name_to_quantize` holds the beginnings of module names (a string with commas, or a
     list); the decoder's blocks where it is None. `extra_config` maps a module's name, or a regular expression to be found
-    in it, to its own bits, group_size and sym; from 16 bits on it stays dense.
+    in it, to its own bits, group_size and sym (and, of floats, what its input is rounded to); from 16 bits on it stays dense.
     """
 
     method: ClassVar[str] = "auto-round"
@@ -71,6 +72,8 @@ class AutoRoundConfig(MethodConfig):
     extra_config: Mapping[str, Mapping[str, Any]] | None = None
     modules_to_not_convert: list[str] | None = None
     act_bits: int | None = None
+    act_data_type: str | None = None
+    act_dynamic: bool | None = None
     rotation_config: Any = None
     super_bits: int | None = None
 
@@ -84,15 +87,19 @@ class AutoRoundConfig(MethodConfig):
     def __post_init__(self) -> None:
         self.require(type(self.bits) is int and self.bits in range(2, 9), "bits", "an integer from 2 to 8")
         group = self.group_size
-        self.require(
-            type(group) is int and (group == -1 or group > 0), "group_size", "-1 (the whole row) or a positive integer"
-        )
+        whole = type(group) is int and (group == -1 or group > 0 or (group == 0 and self.data_type == "fp"))
+        self.require(whole, "group_size", "-1 (the whole row) or a positive integer")
         self.require_bools("sym")
         self.require_patterns("modules_to_not_convert")
-        self.require(self.packing_format in PACKINGS, "packing_format", ", ".join(PACKINGS))
-        other = "export the model in one of its integer schemes: others are stored in ways that are not read here"
-        self.require(self.data_type in ("int", "int_sym", "int_asym"), "data_type", "'int'", other)
-        self.require(self.act_bits is None or self.act_bits >= DENSE_BITS, "act_bits", "None or 16", other)
+        packings = (*PACKINGS, *floats.PACKINGS)
+        self.require(self.packing_format in packings, "packing_format", ", ".join(packings))
+        other = "export the model in another scheme: this one is stored in a way that is not read here"
+        types = ("int", "int_sym", "int_asym", *floats.TYPES)
+        self.require(self.data_type in types, "data_type", ", ".join(types), other)
+        if self.data_type in floats.TYPES:
+            floats.Floats.parse(self.to_dict())
+        else:
+            self.require(self.act_bits is None or self.act_bits >= DENSE_BITS, "act_bits", "None or 16", other)
         self.require(not self.rotation_config, "rotation_config", "None", other)
         self.require(self.super_bits is None, "super_bits", "None", other)
         names = self.block_name_to_quantize
@@ -108,9 +115,9 @@ class AutoRoundConfig(MethodConfig):
         if scheme is None:
             return
         try:
-            AutoRoundConfig(scheme.bits, scheme.group_size, scheme.sym, data_type=own.get("data_type") or "int",
-                            act_bits=own.get("act_bits"), rotation_config=own.get("rotation_config"),
-                            super_bits=own.get("super_bits"))  # fmt: skip
+            said = {f: self._said(own)[f] for f in ("data_type", "act_bits", "act_data_type", "act_dynamic")}
+            AutoRoundConfig(scheme.bits, scheme.group_size, scheme.sym, rotation_config=own.get("rotation_config"),
+                            super_bits=own.get("super_bits"), **said)  # fmt: skip
         except ConfigError as error:
             raise ConfigError(
                 "the auto-round config has a value out of range",
@@ -125,6 +132,17 @@ class AutoRoundConfig(MethodConfig):
         if type(bits) is int and bits >= DENSE_BITS:
             return None
         return Scheme(bits, own.get("group_size", self.group_size), own.get("sym", self.sym))
+
+    def _said(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The config's fields with a layer's own entries in their place."""
+        return self.to_dict() | {name: value for name, value in own.items() if value is not None}
+
+    def floats(self, path: str) -> floats.Floats | None:
+        """How a module is quantized, where its numbers are floats."""
+        own = self.own(path) or {}
+        said = self._said(own)
+        there = said["data_type"] in floats.TYPES and self._scheme(own) is not None
+        return floats.Floats.parse(said) if there else None
 
     def blocks(self) -> tuple[str, ...] | None:
         """The beginnings of the names of modules to quantize; None: the decoder's blocks."""
@@ -167,15 +185,24 @@ class AutoRoundConfig(MethodConfig):
 
 
 class AutoRound(Method):
-    """quant_method "auto-round"."""
+    """quant_method "auto-round".
+
+    Integers with float activations, and the floats that AutoRound's own layers load: MXFP4, MXFP8 (inputs rounded by powers
+    of two at or below the maximum, or at or above it with "mx_fp_rceil"), NVFP4 and FP8 with static scales. An FP8 weight is
+    rounded to the dtype of its scales, as there; others are worth their float32 product, where the original rounds to the
+    model's dtype (of NVFP4 after three roundings instead of two: at most two units in the last place of float32). Groups
+    of NVFP4 inputs too small for an e4m3 scale are 0 in the original. Not read: integers with powers of two (mx_int), NVFP4
+    with e5m3 scales (nvfp4_v2), rotations (rotation_config). What is exported as "llm_compressor" is compressed-tensors.
+    """
 
     name = "auto-round"
     source = "https://arxiv.org/abs/2309.05516"
     Config = AutoRoundConfig
-    formats = ("gptq", "awq")
+    formats = ("gptq", "awq", "fp4", "fp8")
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
-        return any(name.endswith(".qweight") or name == "qweight" for name in source.names())
+        ends = (".qweight", ".weight_scale")
+        return any(name.endswith(ends) or name == "qweight" for name in source.names())
 
     def select(
         self, config: MethodConfig, module: Module, source: TensorSource, modules: Mapping[str, Module]
@@ -188,7 +215,8 @@ class AutoRound(Method):
         found = self._found(config, module, modules)
         if isinstance(found, str):
             return Skip(found)
-        fmt = self._format(found, config.packing(), module)
+        scheme = config.floats(module.path)
+        fmt = scheme.format(module.k, "f32") if scheme else self._format(found, config.packing(), module)
         stored.legal(fmt, module, self.name)
         return Quantized(fmt, note=NOTE)
 
@@ -222,6 +250,9 @@ class AutoRound(Method):
 
     def _stored(self, config: AutoRoundConfig, module: Module, source: TensorSource) -> Skip | Quantized:
         names = stored.tensors(source, module)
+        own = config.floats(module.path)
+        if own is not None:
+            return self._stored_floats(own, names, module, source)
         stored.need_dense(names, "qweight", module, self.name)
         stored.refuse_both(names, "qweight", module, self.name)
         if "qweight" not in names:
@@ -244,6 +275,39 @@ class AutoRound(Method):
         if "g_idx" in names:
             self._in_order(names["g_idx"], scheme.group(module.k), module, source)
         return Quantized(fmt, used, tuple(names[name] for name in ("g_idx",) if name in names))
+
+    def _stored_floats(
+        self, scheme: floats.Floats, names: Mapping[str, str], module: Module, source: TensorSource
+    ) -> Skip | Quantized:
+        if "weight_scale" not in names:
+            stored.need_dense(names, "weight_scale", module, self.name)
+            return Skip("the checkpoint stores its weight dense")
+        if scheme.bits == 4:
+            stored.refuse_both(names, "weight_packed", module, self.name)
+        stored.require(names, (*scheme.official().values(), *scheme.static()), module, self.name)
+        scale = source.info(names["weight_scale"]).dtype
+        fmt = scheme.format(module.k, scale if scale in ("bf16", "f16") else "f32")
+        stored.legal(fmt, module, self.name)
+        dtypes = {scheme.official()[s.name]: (s.dtype,) for s in fmt.stored(module.n, module.k)}
+        for name, shape in scheme.shapes(fmt, module.n, module.k).items():
+            one = () if shape == (1,) and source.info(names[name]).shape == () else shape
+            stored.expect(names[name], source, dtypes.get(name, ("f32", "bf16", "f16")), one, module)
+        used = {own: names[name] for own, name in scheme.official().items()}
+        return Quantized(fmt, used, tuple(names[name] for name in scheme.static()))
+
+    def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
+        scheme = cast(AutoRoundConfig, config).floats(module.path)
+        if scheme is None:
+            return stored.load(selected.format, selected.names, source, module)
+        parts = {own: stored.finite(source.read(full), full, module) for own, full in selected.names.items()}
+        if parts["scale"].dtype == torch.uint8:
+            stored.exponents(parts["scale"], selected.names["scale"], module)
+        shaped = {s.name: parts[s.name].reshape(s.shape) for s in selected.format.stored(module.n, module.k)}
+        packed = stored.packed(selected.format, shaped, module)
+        static = zip(scheme.static(), selected.also_claims, strict=True)
+        packed.before = scheme.before({name: stored.finite(source.read(full), full, module) for name, full in static})
+        packed.check(module.path)
+        return packed
 
     def _in_order(self, name: str, group: int, module: Module, source: TensorSource) -> None:
         stored.expect(name, source, ("i32",), (module.k,), module)
@@ -270,6 +334,9 @@ class AutoRound(Method):
         scheme = config.scheme(module.path)
         if scheme is None:
             raise ConfigError("the auto-round config does not quantize this module", where=module.path)
+        own = config.floats(module.path)
+        if own is not None:
+            return own.quantize(stored.usable(weight, module), module)
         fmt = self._format(scheme, config.packing(), module)
         stored.legal(fmt, module, self.name)
         n, k, group = module.n, module.k, scheme.group(module.k)
@@ -286,7 +353,13 @@ class AutoRound(Method):
         return stored.packed(fmt, pack(fmt, fields, n, k), module)
 
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
-        """The tensors; gptqmodel's variant also has the group of each input."""
+        """The tensors; gptqmodel's variant also has the group of each input, floats the scale of x."""
+        scheme = cast(AutoRoundConfig, config).floats(module.path)
+        if scheme is not None:
+            shapes = scheme.shapes(packed.format, module.n, module.k)
+            made = {scheme.official()[name]: tensor for name, tensor in packed.tensors.items()}
+            made |= zip(scheme.static(), (t for each in packed.before for t in each.tensors.values()), strict=True)
+            return {name: tensor.reshape(shapes[name]) for name, tensor in made.items()}
         if cast(AutoRoundConfig, config).packing_format != "auto_round:gptqmodel":
             return dict(packed.tensors)
         group = packed.format.group_size(packed.N, packed.K) or packed.K
@@ -296,7 +369,9 @@ class AutoRound(Method):
         """The fields that are set, with the packing that the weights have, and AutoRound's names for the zero's form."""
         config = cast(AutoRoundConfig, config)
         said = {name: value for name, value in config.to_dict().items() if value is not None and name != "backend"}
-        if config.packing_format == DEFAULT and weights:
+        if config.data_type in floats.TYPES:
+            said |= floats.Floats.parse(config.to_dict()).told()
+        elif config.packing_format == DEFAULT and weights:
             formats = [packed.format.to_json() for packed in weights.values()]
             kinds = {"auto_round:auto_awq" if each["kind"] == "awq" else
                      "auto_round:auto_gptq" if each["v1"] else "auto_round" for each in formats}  # fmt: skip

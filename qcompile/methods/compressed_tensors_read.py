@@ -46,14 +46,8 @@ def _shaped(fmt: Format, tensors: Tensors, names: Mapping[str, str], module: Mod
     for s in fmt.stored(module.n, module.k):
         if s.name in ("scale", "zero", "tensor_scale"):
             tensors[s.name] = tensors[s.name].reshape(s.shape)
-        if s.name == "scale" and s.dtype == "u8" and bool((tensors["scale"] == 255).any()):
-            raise CheckpointError(
-                "a stored tensor holds a number that is not finite",
-                where=f"{names['scale']} (module {module.path})",
-                found=f"the byte 255 at {(tensors['scale'] == 255).nonzero()[0].tolist()}",
-                expected="exponents from 0 to 254",
-                remedy="the file is damaged, or the quantization that wrote it failed for this module",
-            )
+        if s.name == "scale" and s.dtype == "u8":
+            stored.exponents(tensors["scale"], names["scale"], module)
     return tensors
 
 

@@ -109,6 +109,19 @@ def finite(tensor: torch.Tensor, name: str, module: Module | str) -> torch.Tenso
     return tensor
 
 
+def exponents(tensor: torch.Tensor, name: str, module: Module) -> torch.Tensor:
+    """The exponents u8 of a module's powers of two, if none of them is 255; CheckpointError with the first that is."""
+    if bool((tensor == 255).any()):
+        raise CheckpointError(
+            "a stored tensor holds a number that is not finite",
+            where=f"{name} (module {module.path})",
+            found=f"the byte 255 at {(tensor == 255).nonzero()[0].tolist()}",
+            expected="exponents from 0 to 254",
+            remedy="the file is damaged, or the quantization that wrote it failed for this module",
+        )
+    return tensor
+
+
 def load(fmt: Format, names: Mapping[str, str], source: TensorSource, module: Module) -> Packed:
     """The packed weight, read tensor by tensor and checked."""
     return packed(fmt, {name: finite(source.read(full), full, module) for name, full in names.items()}, module)

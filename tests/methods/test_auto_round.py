@@ -60,7 +60,8 @@ def test_the_fields_are_those_of_transformers() -> None:
         ({"bits": 9}, "field 'bits'", "9", "an integer from 2 to 8"),
         ({"group_size": 0}, "field 'group_size'", "0", "-1 (the whole row) or a positive integer"),
         ({"packing_format": "auto_round:x"}, "field 'packing_format'", "'auto_round:x'", "auto_round:gptq, auto_round:auto_gptq,"
-         " auto, auto_round, auto_round:gptqmodel, auto_round:awq, auto_round:auto_awq"),
+         " auto, auto_round, auto_round:gptqmodel, auto_round:awq, auto_round:auto_awq, auto_round:llm_compressor, "
+         "auto_round:fp8_static, auto_round:fp8"),
         ({"extra_config": {"fc": {"bits": 1}}}, "field 'extra_config', 'fc', field 'bits'", "1", "an integer from 2 to 8"),
     ],
 )  # fmt: skip
@@ -73,10 +74,10 @@ def test_values_out_of_range(fields: dict[str, Any], where: str, found: str, exp
     )
 
 
-@pytest.mark.parametrize("fields", [{"data_type": "mx_fp"}, {"act_bits": 8}, {"super_bits": 6}])
-def test_schemes_that_are_not_integers_are_refused(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", [{"data_type": "mx_int"}, {"act_bits": 8}, {"super_bits": 6}])
+def test_schemes_that_are_not_read_are_refused(fields: dict[str, Any]) -> None:
     for data in (fields, {"extra_config": {"fc": fields}}):
-        with pytest.raises(ConfigError, match="export the model in one of its integer schemes"):
+        with pytest.raises(ConfigError, match="export the model in another scheme"):
             AutoRoundConfig.from_dict(data)
 
 
