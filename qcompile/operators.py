@@ -39,7 +39,8 @@ ATEN = frozenset(
 )
 QCOMPILE = frozenset(
     {
-        "attention", "cached_attention", "dequantize", "embedding", "experts", "linear", "rms_norm", "rope", "transform",
+        "attention", "cached_attention", "dequantize", "embedding", "experts", "linear", "matmul", "rms_norm", "rope",
+        "transform",
     }
 )  # fmt: skip
 MEMORY_FORMATS = {

@@ -17,6 +17,7 @@ from qcompile.errors import ArtifactError
 from qcompile.runtime.cuda import Device
 from qcompile.runtime.cuda_session import CudaSession
 from qcompile.runtime.model import CompiledModel
+from qcompile.runtime.store import read
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 WHERE = ["cuda:interpret", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -73,6 +74,13 @@ def test_text_from_recorded_steps_is_that_of_torch():
     text = model.generate(ids, max_new_tokens=3, eos_token_id=[])
     assert isinstance(device, FakeDevice) and device.replays == 1
     assert torch.equal(text, by_torch(model).generate(ids, max_new_tokens=3, eos_token_id=[]))
+
+
+def test_an_artifact_is_read_as_it_was_written(tmp_path):
+    made = compiled("llama", "hqq", "cuda:interpret")
+    made.save(tmp_path / "m.qc")
+    again = read(tmp_path / "m.qc", trusted=True)
+    assert again.artifact.executable == made.artifact.executable and again.kernels == made.contents.kernels
 
 
 @pytest.mark.parametrize("where", WHERE)
