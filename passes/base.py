@@ -103,8 +103,9 @@ def run_pipeline(program: Program, passes: Iterable[Pass], ctx: Context) -> None
     the pass and a folder with the graph before and after it.
     """
     check(program)
+    text = show(program)
     for pass_ in passes:
-        before = show(program)
+        before = text
         try:
             count = pass_.run(program, ctx)
             if count:
@@ -117,10 +118,11 @@ def run_pipeline(program: Program, passes: Iterable[Pass], ctx: Context) -> None
         except Exception as error:
             raise _broken(pass_, _reproducer(before, program, pass_, ctx), error) from error
         ctx.report.passes.append((pass_.name, count))
+        text = show(program)
         if {"*", pass_.name} & ctx.keep:
-            ctx.snapshots[pass_.name] = show(program)
+            ctx.snapshots[pass_.name] = text
             if ctx.show is not None and count:
-                ctx.show(pass_.name, ctx.snapshots[pass_.name])
+                ctx.show(pass_.name, text)
     program.graph.recompile()
 
 

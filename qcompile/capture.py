@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch import nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from qcompile import ops  # noqa: F401  (the operators must exist before a graph can hold them)
 from qcompile.dims import Dim
@@ -188,7 +189,8 @@ def export(
 ) -> torch.export.ExportedProgram:
     """torch.export without strict tracing and without autograd; CaptureError says where and why it fails."""
     try:
-        with torch.no_grad(), _no_garbage_collection():
+        # Modules that the exporter makes on its way never run: it need not compile the code of each.
+        with torch.no_grad(), _no_garbage_collection(), _use_lazy_graph_module(True):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except QCompileError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -11,6 +12,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 # The test processes fill the machine already: threads that wait for each other make torch's own operators 30 times slower.
 torch.set_num_threads(1)
+
+# pytest listens to every logger that does not propagate, and torch writes each step of a trace to one that is listened to.
+logging.getLogger("torch.__trace").propagate = True
 
 import exports  # noqa: E402
 
