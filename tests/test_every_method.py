@@ -82,6 +82,7 @@ ON_CPU = (
     "sinq",
 )
 LINEAR = ("higgs", "sinq")  # what happens to x is a rotation or a scale: nothing is rounded
+INTEGERS = ("torchao/dynamic", "bitnet")  # x is rounded to int8, which a CPU multiplies as integers
 # Activations of few bits: cpu and reference add in another order, and a single flipped code moves the logits.
 ROUGH = {"fouroversix": 0.1, "fp_quant": 0.1}
 
@@ -143,6 +144,8 @@ def test_on_the_fly(model: torch.nn.Module, name: str, tmp_path: Path) -> None:
         for row in rows:
             torch.testing.assert_close(on_cpu.weight(row.path), q.weight(row.path), rtol=2e-7, atol=0)
         assert not on_cpu.report.fallbacks
+        tiers = {on_cpu.report.weights[row.path].tier for row in rows}
+        assert tiers == {"native"} if name in INTEGERS else "native" not in tiers
         rough = ROUGH.get(name, 1e-2 if around else 1e-5)
         assert distance(on_cpu(input_ids=IDS).logits, logits) < rough
     if name in NO_CHECKPOINT:
