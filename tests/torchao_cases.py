@@ -35,6 +35,7 @@ FP4, ROW, GROUP = enum("torch.dtype", "float4_e2m1fn_x2"), per("PerRow", dim=-1)
 BLOCKS = [per("PerBlock", block_size=[1, 128]), per("PerBlock", block_size=[128, 128])]
 ASYMMETRIC = enum("MappingType", "ASYMMETRIC")
 TILES, HQQ = enum("Int4PackingFormat", "TILE_PACKED_TO_4D"), enum("IntxChooseQParamsAlgorithm", "HQQ_SCALE_ONLY")
+STEPS = enum("Int4ChooseQParamsAlgorithm", "HQQ")
 INT4, F32 = enum("torch.dtype", "int4"), enum("torch.dtype", "float32")
 NO_CLIPPING = enum("MappingType", "SYMMETRIC_NO_CLIPPING_ERR")
 EVEN, FLOOR, CEIL = (enum("ScaleCalculationMode", name) for name in ("EVEN", "FLOOR", "CEIL"))
@@ -54,6 +55,7 @@ RECIPES: list[tuple[dict[str, Any], int, int, str, float]] = [
     (said("Int8DynamicActivationIntxWeight", weight_granularity=GROUP, weight_scale_dtype=F32), 5, 48, "bf16", 0.005),
     (said("Int4WeightOnly", group_size=32), 19, 96, "bf16", 0.08),
     (said("Int4WeightOnly", group_size=64, int4_packing_format=TILES), 19, 192, "bf16", 0.08),
+    (said("Int4WeightOnly", group_size=64, int4_packing_format=TILES, int4_choose_qparams_algorithm=STEPS), 19, 192, "bf16", 0.1),
     (said("Float8WeightOnly"), 19, 33, "f32", 0.04),
     (said("Float8WeightOnly", weight_dtype=FP8_2, granularity=GROUP), 5, 48, "bf16", 0.08),
     (said("Float8DynamicActivationFloat8Weight"), 32, 48, "f32", 0.04),

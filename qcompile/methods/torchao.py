@@ -34,7 +34,9 @@ class TorchAo(Method):
     the config decides what is quantized on the fly, bit for bit as torchao on a CPU. Deviations: activations and the
     scales that they get stay float32, and weights are worth their unrounded float32 product, where torchao's kernels round to
     the model's dtype; zeros that float8 or NVFP4 has no scale for are 0, where torchao gives NaN.
-    Configs that need data (AWQ, SmoothQuant, static scales) are read and not made; HQQ for tensor-core tiles is refused.
+    HQQ's steps are those on a CPU, in float32 (on a GPU they are float16). Configs that need data (AWQ, SmoothQuant,
+    static scales) are read and not made. Classes older than these (AffineQuantizedTensor with TensorCoreTiledLayout) were
+    saved as pickles only, which are never loaded.
     """
 
     name = "torchao"
@@ -66,7 +68,8 @@ class TorchAo(Method):
         parameters = {f"{path}.weight": each for path, each in modules.items()}
         skip.check(SKIPS, patterns or (), parameters, self.name)
         ends = config.include_input_output_embeddings and (module.kind == "Embedding" or module.output_embedding)
-        named = replace(module, path=f"{module.path}.weight")
+        # What an architecture keeps in float32 (T5's "wo") is the ending of a module, so it names no parameter either.
+        named = replace(module, path=f"{module.path}.weight", keep_f32=False)
         by_name = isinstance(recipe, FqnToConfig) and recipe.rule(module.path) is not None
         embeddings = by_name or (config.include_input_output_embeddings and isinstance(recipe, FqnToConfig))
         kinds = ("Linear", "Embedding") if embeddings else ("Linear",)

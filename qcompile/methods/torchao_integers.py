@@ -215,6 +215,7 @@ class Int4TilePackedTo4dTensor(AoTensor):
     type = "Int4TilePackedTo4dTensor"
     optional = ("act_pre_scale",)
     group: int = 128
+    hqq: bool = False
 
     def expected(self) -> Expected:
         shapes = {s.name: ((s.dtype,), s.shape) for s in Int4Tiles(self.group).stored(self.n, self.k)}
@@ -233,7 +234,8 @@ class Int4TilePackedTo4dTensor(AoTensor):
         fmt = cast(Int4Tiles, self.format({}))
         n, k = fmt.padded(*weight.shape)
         whole = torch.nn.functional.pad(weight, (0, k - weight.shape[1], 0, n - weight.shape[0]))
-        return pack(fmt, rounding.tinygemm(whole, self.group), n, k)
+        fields = rounding.tinygemm_hqq if self.hqq else rounding.tinygemm
+        return pack(fmt, fields(whole, self.group), n, k)
 
     def described(self) -> dict[str, Any]:
         return {"block_size": [1, self.group], "shape": [self.n, self.k]}

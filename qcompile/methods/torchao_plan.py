@@ -78,7 +78,7 @@ def _(recipe: recipes.Int4WeightOnlyConfig, n: int, k: int, dtype: str) -> AoTen
         return f"torchao leaves it dense: its {k} inputs are not a multiple of the group, {recipe.group_size}"
     if recipe.int4_packing_format == "PLAIN":
         return Int4Tensor(n, k, dtype, recipe.group_size)
-    return Int4TilePackedTo4dTensor(n, k, "bf16", recipe.group_size)
+    return Int4TilePackedTo4dTensor(n, k, "bf16", recipe.group_size, recipe.int4_choose_qparams_algorithm == "HQQ")
 
 
 @plan.register

@@ -105,6 +105,31 @@ def tinygemm(weight: Tensor, group: int) -> Mapping[str, Tensor]:
     return {name: value.expand_as(parts).reshape(weight.shape) for name, value in fields.items()}
 
 
+def tinygemm_hqq(weight: Tensor, group: int) -> Mapping[str, Tensor]:
+    """The fields of Int4TilePackedTo4dTensor by torchao's HQQ, [N, K] each: in at most 20 steps, which move the zeros alone.
+
+    A step takes large errors out of the weight (they shrink by |error| ** -0.3 / beta) and puts the zeros at the mean of
+    what is left; it is the last one when the mean error of all groups has not fallen. In float32, as on a CPU.
+    """
+    parts = weight.to(torch.bfloat16).float().reshape(-1, group)
+    least, most = parts.amin(1, keepdim=True), parts.amax(1, keepdim=True)
+    inverse = (15 / (most - least)).clamp(max=2e4)
+    zero, beta, best = torch.round(-least * inverse), 10.0, 1e4
+    for _ in range(20):
+        code = torch.round(parts * inverse + zero).clamp(0, 15)
+        error = parts - (code - zero) / inverse
+        kept = error.sign() * (error.abs() - (1.0 / beta) * error.abs() ** (0.7 - 1)).relu()
+        zero, beta = torch.mean(code - (parts - kept) * inverse, 1, keepdim=True), beta * 1.01
+        mean = float(error.abs().mean())
+        if mean >= best:
+            break
+        best = mean
+    code = torch.round(parts * inverse + zero).clamp(0, 15).to(torch.int32)
+    scale = 1.0 / inverse
+    fields = {"code": code, "scale": scale.bfloat16(), "zero": ((8 - zero) * scale).bfloat16()}
+    return {name: value.expand_as(parts).reshape(weight.shape) for name, value in fields.items()}
+
+
 def mx(weight: Tensor, element: str, mode: str) -> tuple[Tensor, Tensor]:
     """Exponents u8 [N, K / 32] and the weight over its scales, f32 [N, K], by torchao's scaling `mode`."""
     parts = weight.float().reshape(len(weight), -1, 32)

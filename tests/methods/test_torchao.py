@@ -20,6 +20,7 @@ from torchao_cases import AO, ASYMMETRIC, DTYPES, IDS, LONG, RECIPES, made_of, p
 
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.format import Packed
+from qcompile.methods import torchao_rounding as rounding
 from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.index import parse_config
 from qcompile.methods.torchao_config import TorchAoConfig
@@ -135,6 +136,21 @@ def test_parts_equal_the_packages(recipe: dict[str, Any], n: int, k: int, dtype:
         assert (torch.nn.functional.linear(y, value(packed)) - expected).norm() <= bound * expected.norm()
 
 
+def test_hqq_moves_zeros_as_the_package_does() -> None:
+    """The package's numbers for a weight in bfloat16 (torchao 0.18 on a CPU, where its own class refuses to be made)."""
+    weight = ((torch.arange(128) * 37 % 101 - 50) / 64).reshape(2, 64).bfloat16()
+    made = rounding.tinygemm_hqq(weight, 32)
+    codes = bytes.fromhex(
+        "00050b01070c03080e040a00060b02070d03090e050a01060c02080d04090f050b01070c02080e040a00060b01070d03090e040a00060c02080d03090f050b01"
+        "070d03090e050a00060c02080d03090f050b01070c02080e040a0f050b01070d03090e040a00060c02080d03090f050b01060c02080e040a0f050b01070d0308"
+    )
+    want = {"scale": "d53dcf3dcf3dcf3d", "zero": "9f3d9a3d143c4d3a"}
+    assert bytes(made["code"].flatten().tolist()) == codes
+    for name, text in want.items():
+        assert made[name][:, ::32].contiguous().view(torch.uint8).numpy().tobytes().hex() == text
+    assert not torch.equal(rounding.tinygemm(weight, 32)["zero"], made["zero"])
+
+
 def test_static_scales_and_scales_of_inputs_are_read_and_written() -> None:
     config = made_of(said("Int8DynamicActivationInt8Weight", granularity=per("PerTensor")))
     packed = AO.quantize(config, fc(5, 8), sample(5, 8))
@@ -197,6 +213,9 @@ def test_patterns_are_matched_against_parameters() -> None:
         "layers.0.mlp.down_proj": "modules_to_not_convert has 'layers.0'",
         "layers.1.q_proj": "modules_to_not_convert has 'q_proj.weight'",
     }
+    kept = linear("layers.0.wo", 64, 128, keep_f32=True)  # T5's list has "wo", which is the ending of no parameter
+    source = InMemory({"layers.0.wo.weight": torch.zeros(64, 128)})
+    assert isinstance(AO.select(made_of(recipe), kept, source, {kept.path: kept}), Quantized)
     with pytest.raises(ConfigError, match="a pattern that matches no module"):
         dense(made_of(recipe, modules_to_not_convert=["q_proj"]))
 
