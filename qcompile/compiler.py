@@ -224,7 +224,8 @@ def _build(
         report.kernels = kernel_rows(executable.kernels, kernels, place.codes(), builder)
         report.launches = launch_rows(executable)
         return kernels, bounds
-    return build_kernels(executable.kernels, place.name, builder), bounds
+    wanted = {name: (spec, place.name) for name, spec in executable.kernels.items()}
+    return build_kernels(wanted, builder), bounds
 
 
 def _graph(program: Program, executable: Executable | None) -> Any:

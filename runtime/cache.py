@@ -19,6 +19,9 @@ from qcompile.errors import ArtifactError
 log = logging.getLogger("qcompile")
 MAX_ENTRY = 64 * 2**20
 
+Wanted = tuple[KernelSpec, str]
+"""A kernel and the target it is wanted for."""
+
 
 class Builder(Protocol):
     """What makes kernels: the compiler, handed in by whoever has one."""
@@ -26,7 +29,7 @@ class Builder(Protocol):
     def key(self, spec: KernelSpec, target: str) -> str:
         """A digest (lower-case hex) of all that the kernel's object depends on: text, target, compilers."""
 
-    def build(self, kernels: Mapping[str, KernelSpec], target: str) -> Mapping[str, Built]:
+    def build(self, kernels: Mapping[str, Wanted]) -> Mapping[str, Built]:
         """The kernels, made now."""
 
     def extents(self, spec: KernelSpec) -> Extents:
@@ -41,20 +44,18 @@ def cache_folder() -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "qcompile"
 
 
-def build_kernels(
-    specs: Mapping[str, KernelSpec], target: str, builder: Builder, folder: Path | None = None
-) -> dict[str, Built]:
-    """Each kernel of `specs`, from the cache in `folder` (the user's, if None) or else from `builder`."""
+def build_kernels(wanted: Mapping[str, Wanted], builder: Builder, folder: Path | None = None) -> dict[str, Built]:
+    """Each kernel of `wanted`, from the cache in `folder` (the user's, if None) or else from `builder`."""
     place = _private(cache_folder() if folder is None else folder)
-    keys = {name: builder.key(spec, target) for name, spec in specs.items()}
+    keys = {name: builder.key(*each) for name, each in wanted.items()}
     found = {name: kernel for name, key in keys.items() if place and (kernel := _read(place / f"{key}.kernel"))}
-    missing = {name: spec for name, spec in specs.items() if name not in found}
-    made = builder.build(missing, target) if missing else {}
+    missing = {name: each for name, each in wanted.items() if name not in found}
+    made = builder.build(missing) if missing else {}
     for name in missing:
         found[name] = made[name]
         if place:
             _write(place / f"{keys[name]}.kernel", made[name])
-    return {name: found[name] for name in specs}
+    return {name: found[name] for name in wanted}
 
 
 def _private(folder: Path) -> Path | None:

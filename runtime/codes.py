@@ -41,11 +41,8 @@ def build_codes(
     specs: Mapping[str, KernelSpec], codes: Iterable[Target], builder: Builder, folder: Path | None = None
 ) -> dict[str, Built]:
     """Every kernel of `specs` in every one of `codes`, by `coded` names; cached as `build_kernels` does."""
-    made: dict[str, Built] = {}
-    for code in codes:
-        built = build_kernels(specs, code.name, builder, folder)
-        made |= {coded(name, code): kernel for name, kernel in built.items()}
-    return made
+    wanted = {coded(name, code): (spec, code.name) for code in codes for name, spec in specs.items()}
+    return build_kernels(wanted, builder, folder)
 
 
 def code_here(target: Target) -> Target:

@@ -81,7 +81,7 @@ def load(
         if on.backend == "cuda":
             kernels = build_codes(names, (on,), builder, cache)
         else:
-            kernels = build_kernels(names, on.name, builder, cache)
+            kernels = build_kernels({name: (spec, on.name) for name, spec in names.items()}, builder, cache)
     except ToolchainError as error:
         raise ToolchainError(error.summary, where=error.where or str(path), found=error.found, expected=error.expected,
                              remedy=remedy) from error  # fmt: skip

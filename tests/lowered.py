@@ -30,7 +30,7 @@ from qcompile.target import native
 @functools.cache
 def _built(text: str) -> Built:
     template, params = json.loads(text)
-    return Builder().build({"kernel": KernelSpec(template, params)}, native().name)["kernel"]
+    return Builder().build({"kernel": (KernelSpec(template, params), native().name)})["kernel"]
 
 
 class Lowered:

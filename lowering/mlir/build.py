@@ -22,12 +22,13 @@ class Builder:
         level = target_of(target)
         return toolchain.key(emit(spec, level), level)
 
-    def build(self, kernels: Mapping[str, KernelSpec], target: str) -> dict[str, Built]:
+    def build(self, kernels: Mapping[str, tuple[KernelSpec, str]]) -> dict[str, Built]:
         """Text and object of each kernel."""
-        level, made = target_of(target), {}
-        for name, spec in kernels.items():
+        made = {}
+        for name, (spec, target) in kernels.items():
             if self.progress is not None:
                 self.progress("build", name)
+            level = target_of(target)
             text = emit(spec, level)
             made[name] = Built(text, toolchain.compile_module(text, level), entry(spec))
         return made

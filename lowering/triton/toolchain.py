@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -43,13 +43,14 @@ TYPES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a worker is asked, as its page describes it, and the target it is for."""
+class Job:
+    """A source and the target it is compiled for, which has one capability."""
 
     source: Source
     target: Target
 
     def request(self) -> dict[str, Any]:
+        """What a worker is asked, as its page describes it."""
         source, target = self.source, self.target
         types = ["*" + TYPES[dtype] for dtype in source.pointers] + ["i32"] * source.dims
         return {
@@ -82,38 +83,47 @@ def _triton() -> str:
         ) from error
 
 
-def compile_sources(
-    sources: Sequence[Source], target: Target, done: Callable[[Source], None] | None = None
-) -> list[Built]:
-    """Each source compiled for `target`, which has one capability; `done` hears of each, from other threads.
+def compile_sources(sources: Sequence[Source], target: Target) -> list[Built]:
+    """Each source compiled for `target`; as `compile_jobs`."""
+    return compile_jobs([Job(source, target) for source in sources])
+
+
+def compile_jobs(jobs: Sequence[Job], done: Callable[[Job], None] | None = None) -> list[Built]:
+    """Each source compiled for its target; `done` hears of each, from other threads.
 
     ToolchainError for a kernel that Triton refuses, that needs more shared memory than a block has, or memory that its
     caller would have to provide; it names a file with the text.
     """
     _triton()
-    different = list(dict.fromkeys(sources))
-    count = min(_processors(), len(different))
+    # What takes longest comes first, so that no processor waits for the last; PTX last, as nothing is read from it.
+    order = sorted(
+        dict.fromkeys(jobs), key=lambda job: (job.target.portable, job.target.capability, -len(job.source.text))
+    )
+    count = min(_processors(), len(order))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
-    def compiled(source: Source) -> Built:
+    def compiled(job: Job) -> Built:
         worker = idle.get()
         try:
-            built = _built(source, target, worker.answer(_Job(source, target)))
+            built = _built(job.source, job.target, worker.answer(job))
         finally:
             idle.put(worker)
         if done is not None:
-            done(source)
+            done(job)
         return built
 
+    made: dict[Job, Built] = {}
     with ExitStack() as workers, ThreadPoolExecutor(max(count, 1)) as threads:
         for _ in range(count):
             idle.put(workers.enter_context(_Worker()))
+        waiting = {job: threads.submit(compiled, job) for job in order}
         try:
-            made = _read(different, list(threads.map(compiled, different)), target)
+            for target in dict.fromkeys(job.target for job in order):
+                made |= _read({job: future.result() for job, future in waiting.items() if job.target == target})
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
-    return [made[source] for source in sources]
+    return [made[job] for job in jobs]
 
 
 def _processors() -> int:
@@ -134,19 +144,19 @@ def _built(source: Source, target: Target, answer: dict[str, Any]) -> Built:
     return Built(source.text, base64.b64decode(answer["object"]), source.entry, launch)
 
 
-def _read(sources: Sequence[Source], made: Sequence[Built], target: Target) -> dict[Source, Built]:
-    """The kernels with what their main loops do, where there is machine code and a loop worth looking at."""
-    read = [built for built in made if not target.portable and "tl.dot(" in built.source]
-    found = dict(zip(map(id, read), sass.profiles([built.object for built in read]), strict=True))
+def _read(made: Mapping[Job, Built]) -> dict[Job, Built]:
+    """Kernels of one target with what their main loops do, where there is machine code and a loop worth looking at."""
+    read = [job for job, built in made.items() if not job.target.portable and "tl.dot(" in built.source]
+    found = dict(zip(read, sass.profiles([made[job].object for job in read]), strict=True))
 
-    def told(built: Built) -> Built:
+    def told(job: Job, built: Built) -> Built:
         assert built.launch is not None
-        if id(built) not in found:
+        if job not in found:
             return built
-        main = found[id(built)].main
+        main = found[job].main
         return replace(built, launch=replace(built.launch, loop=main.instructions, products=main.products))
 
-    return {source: told(built) for source, built in zip(sources, made, strict=True)}
+    return {job: told(job, built) for job, built in made.items()}
 
 
 class _Worker:
@@ -165,7 +175,7 @@ class _Worker:
             self._process.communicate()
         self._folder.cleanup()
 
-    def answer(self, job: _Job) -> dict[str, Any]:
+    def answer(self, job: Job) -> dict[str, Any]:
         """The worker's answer; ToolchainError when that is an error, or the process died of it."""
         process = self._running()
         assert process.stdin is not None and process.stdout is not None

@@ -64,7 +64,7 @@ class Stopwatch:
 def fails_for(wrong: str):
     """A toolchain that has no kernel for the source that prints as `wrong`; a kernel's text is how its source prints."""
 
-    def compile_sources(sources, code, done=None):
+    def compile_sources(sources, code):
         if any(repr(source) == wrong for source in sources):
             raise ToolchainError("no kernel")
         return [Built(repr(source), b"", source.entry, Launch(source.grid, source.warps)) for source in sources]

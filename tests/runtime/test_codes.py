@@ -25,8 +25,9 @@ class Builder:
     def key(self, spec, target):
         return f"{spec.template}{target}".encode().hex()
 
-    def build(self, kernels, target):
-        return {name: Built(f"# {name}", f"{name} {target}".encode(), name, LAUNCH) for name in kernels}
+    def build(self, kernels):
+        asked = [(name, codes.parts(name)[0], target) for name, (_, target) in kernels.items()]
+        return {name: Built(f"# {each}", f"{each} {target}".encode(), each, LAUNCH) for name, each, target in asked}
 
     def extents(self, spec):
         return lambda dims, threads: []

@@ -37,11 +37,11 @@ class Builder:
     def key(self, spec, target):
         return f"{spec.template}{len(target)}"
 
-    def build(self, kernels, target):
+    def build(self, kernels):
         if self.fail:
             raise self.fail
         self.built += list(kernels)
-        return {name: small.built(spec.template) for name, spec in kernels.items()}
+        return {name: small.built(spec.template) for name, (spec, _) in kernels.items()}
 
     def extents(self, spec):
         return lambda dims, threads: [Extent("f32", dims[0]), Extent("f32", dims[0]), Extent("f32", dims[0], True)]
@@ -131,10 +131,11 @@ def test_a_cache_that_others_may_write_is_not_used(path, tmp_path, caplog):
 
 def test_many_writers_of_one_cache(tmp_path):
     results = []
+    wanted = {name: (spec, "cpu") for name, spec in small.SPECS.items()}
 
     def work():
         for _ in range(5):
-            results.append(build_kernels(small.SPECS, "cpu", Builder(), tmp_path) == small.kernels())
+            results.append(build_kernels(wanted, Builder(), tmp_path) == small.kernels())
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
