@@ -115,9 +115,9 @@ def _repacked(
     reader = Reader(layout.tensors, rows, torch.arange(K))
     lanes = layout.format.terms(Names(**layout.format.located(layout.N, K)))
     located, said = format_.located(N, K), _said(format_, N, K) or {}
-    # Lanes hold codes from 0 on: signed ones and their zeros were moved up together.
-    code = format_.terms(Names(**located)).code
-    moved = {"code": 128, "zero": 128} if code.dtype == "i32" and interval(code)[0] < 0 else {}
+    # Layouts hold codes from 0 on: signed ones and their zeros were moved up together.
+    code, middle = format_.terms(Names(**located)).code, 1 << layout.format.bits - 1
+    moved = {"code": middle, "zero": middle} if code.dtype == "i32" and interval(code)[0] < 0 else {}
     there = Reader(kept, torch.arange(N), torch.arange(K))
     fields = {}
     for name, expr in located.items():

@@ -13,6 +13,7 @@ from qcompile.formats.dense import Dense
 from qcompile.formats.gguf import Q4_0
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.hqq import Hqq
+from qcompile.formats.integer import Int8
 from qcompile.formats.lanes import Lanes, LanesDense, lanes_for, pack_codes, pack_lanes, planes
 from qcompile.pack import pack, unpack
 
@@ -46,6 +47,17 @@ def test_lanes_dequantize_to_the_same_bits(format: Format, N: int, K: int) -> No
         torch.testing.assert_close(got[normal], true[normal], rtol=2**-22, atol=1e-37)
         return
     assert torch.equal(got.view(torch.int32), true.view(torch.int32))  # -0.0 too
+
+
+@pytest.mark.parametrize(("low", "high", "bits"), [(-8, 7, 4), (-2, 1, 2), (-9, 0, 8), (0, 8, 8), (-128, 127, 8)])
+@pytest.mark.parametrize("zero", ["", "i8"])
+def test_bytes_take_as_few_bits_as_their_codes_need(low: int, high: int, bits: int, zero: str) -> None:
+    format = Int8(columns=32, zero=zero)
+    tensors = random_storage(format, 20, 64)
+    tensors["weight"] = tensors["weight"].clamp(low, high)
+    lanes, _ = lanes_for(Packed(format, tensors, 20, 64))
+    assert lanes.format.bits == bits and (zero or lanes.format.zero == 1 << bits - 1)
+    assert torch.equal(dequantize(lanes.format, lanes.tensors, 20, 64), dequantize(format, tensors, 20, 64))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -53,6 +53,14 @@ def test_a_weight_gets_its_format_back(format: Format, N: int, K: int) -> None:
     assert torch.equal(want.view(torch.int32), got.view(torch.int32))
 
 
+def test_bytes_that_lie_in_fewer_bits_come_back() -> None:
+    packed = Packed(Int8(zero="i8"), random_storage(Int8(zero="i8"), 20, 64), 20, 64)
+    packed.tensors["weight"].clamp_(-8, 7)
+    made = laid_out(packed)
+    assert made is not None and made[0].format["bits"] == 4
+    assert all(torch.equal(tensor, packed.tensors[name]) for name, tensor in original(*made).tensors.items())
+
+
 def test_only_blocks_of_many_numbers_are_lost() -> None:
     kinds = {format.kind for format, N, K in CASES if isinstance(format, Affine) and lost(format, N, K)}
     assert {"gguf-q4_k", "gguf-q6_k"} <= kinds

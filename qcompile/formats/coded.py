@@ -81,8 +81,16 @@ def content(packed: Packed, shortest: int) -> Content | str:
     if group < shortest:
         return too_short(group, shortest)
     signed = kind == "int" and interval(terms.code)[0] < 0
-    # Codes are stored from 0 on: signed ones and their zeros move up together.
-    zero_expr = (const(0) if terms.zero is None else terms.zero) + 128 if signed else terms.zero
+    bits = interval(terms.code)[1].bit_length() + signed if kind == "int" else 8
+    codes = at(packed, terms.code + 128 if signed else terms.code, columns)
+    codes = codes if kind == "int" else codes.view(torch.uint8)
+    zero_expr = terms.zero
+    if signed:  # codes are stored from 0 on, in as few bits as they need: they and their zeros move up together
+        low, high = int(codes.min()) - 128, int(codes.max()) - 128
+        bits = next(width for width in (2, 4, 8) if -low <= 1 << width - 1 > high)
+        middle = 1 << bits - 1
+        codes = codes - (128 - middle)
+        zero_expr = (const(0) if terms.zero is None else terms.zero) + middle
     scale, zero, offset = (
         None if expr is None else at(packed, expr, columns[::group]) for expr in (terms.scale, zero_expr, terms.offset)
     )
@@ -91,7 +99,7 @@ def content(packed: Packed, shortest: int) -> Content | str:
     if entries is not None and isinstance(level, float):  # one zero for all: a table of other values
         entries, level = tuple((torch.tensor(entries) - level).tolist()), None
     form = {
-        "bits": interval(terms.code)[1].bit_length() + signed if kind == "int" else 8,
+        "bits": bits,
         "group": group,
         "table": entries,
         "zero": level,
@@ -101,15 +109,14 @@ def content(packed: Packed, shortest: int) -> Content | str:
         "factor": terms.factor,
         "code": kind,
     }
-    codes = at(packed, terms.code + 128 if signed else terms.code, columns)
-    codes = codes if kind == "int" else codes.view(torch.uint8)
     return Content(form, codes, scale, zero, offset, order)
 
 
 def form_of(format: Format, N: int, K: int, shortest: int) -> dict[str, Any] | str:
     """`Content.form` of a weight [N, K], or the reason why it has none, from the format alone.
 
-    Zeros count as stored; stored groups count as runs of the format's own length. What has no group size at all is refused.
+    Zeros count as stored, and codes as of every value that they may have; stored groups count as runs of the format's own
+    length. What has no group size at all is refused.
     """
     terms = terms_of(format, N, K)
     if isinstance(terms, str):
