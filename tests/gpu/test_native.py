@@ -227,7 +227,13 @@ def compiled(capability: int, name: str, most: int) -> Profile:
     more = {"group": rounding.size if rounding.per == "group" else 0, "most": most, "split_k": 1, "outliers": False}
     if most == 4:
         norm = {"op": "rms_norm", "eps": 1e-5}
-        more["before"] = {"k": 4096, "padded": 4096, "prologue": norm, "transforms": [rounding.to_json()], "out": "codes"}
+        more["before"] = {
+            "k": 4096,
+            "padded": 4096,
+            "prologue": norm,
+            "transforms": [rounding.to_json()],
+            "out": "codes",
+        }
     params = Shape((layout.to_json(),), (4096,), 4096).params(**more)
     place = target(f"cuda:sm_{capability}")
     (built,) = toolchain.compile_sources([templates.emit(spec("linear-native", params), place)], place)
