@@ -66,7 +66,12 @@ ROUNDING = {
 }
 
 
-@pytest.mark.parametrize("config", ROUNDING)
+SELDOM = ("mxfp8", "rotations and codebooks")
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(name, marks=[pytest.mark.full] * (name in SELDOM)) for name in ROUNDING]
+)
 def test_x_is_rounded_by_the_kernels_that_multiply_it(config):
     torch.manual_seed(0)
     sizes = SMOLLM2 | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
