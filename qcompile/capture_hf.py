@@ -144,13 +144,10 @@ class _Facts:
     def __init__(self, shell: Any):
         last = [name for name, _ in shell.named_parameters()][-1:]
         self.last = last[0].removesuffix(".weight") if last and last[0].endswith(".weight") else None
-        strict = getattr(shell, "_keep_in_fp32_modules_strict", None) or ()
-        self.keep = {*(getattr(shell, "_keep_in_fp32_modules", None) or ()), *strict}
 
     def apply(self, program: Program) -> None:
         for path, module in program.modules.items():
-            parts = set(path.split("."))
-            program.modules[path] = replace(module, last_parameter=path == self.last, keep_f32=bool(parts & self.keep))
+            program.modules[path] = replace(module, last_parameter=path == self.last)
 
 
 def _check_present(program: Program, quantized: bool) -> None:

@@ -127,13 +127,14 @@ def read_header(path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
         if size < 8 or length > min(MAX_HEADER, size - 8):
             raise _damaged(path, "the header is longer than the file", f"{length} bytes", f"at most {max(size - 8, 0)}")
         header = _load_json(path, file.read(length), "header")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "the header's metadata are not texts", repr(metadata)[:100], "an object of strings")
     tensors: dict[str, _Stored] = {}
     for name, entry in header.items():
-        known = isinstance(entry, dict) and entry.get("dtype") in SAFETENSORS_DTYPES
-        if not known:
+        known = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
+        if not known or entry["dtype"] not in SAFETENSORS_DTYPES:
             found = entry.get("dtype") if isinstance(entry, dict) else entry
             raise _damaged(path, f"tensor '{name}' has an unknown dtype", found, ", ".join(SAFETENSORS_DTYPES))
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -146,7 +147,20 @@ def read_header(path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
             expected = f"{bytes_} bytes for {entry['dtype']} {shape} inside the file's {size - 8 - length}"
             raise _damaged(path, f"tensor '{name}' does not fit its file", f"bytes {begin} to {end}", expected)
         tensors[name] = _Stored(path, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
+    _check_whole(path, tensors, 8 + length, size)
     return tensors, metadata
+
+
+def _check_whole(path: Path, tensors: Mapping[str, _Stored], at: int, size: int) -> None:
+    """Every byte from `at` to the file's end belongs to one tensor, as the format demands."""
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if stored.begin != at:
+            raise _damaged(
+                path, f"tensor '{name}' overlaps another, or follows a gap", f"byte {stored.begin}", f"byte {at}"
+            )
+        at = stored.end
+    if at != size:
+        raise _damaged(path, "the file goes on behind its last tensor", f"{size} bytes", f"{at} bytes")
 
 
 @dataclass

@@ -420,6 +420,18 @@ def test_a_damaged_checkpoint_is_said_in_full(name: str, value: torch.Tensor | N
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("nbits", [3, 4])
+def test_hqq_codes_may_be_labelled_as_floats(nbits: int) -> None:
+    found, config, module = method("hqq"), HqqConfig(nbits=nbits, group_size=32), linear("fc", N, K, dtype="f16")
+    packed = found.quantize(config, module, torch.randn(N, K).half())
+    tensors = found.write(config, module, packed)
+    viewed = {"W_q": tensors["W_q"].view(torch.float16), "view_as_float": torch.tensor(1, dtype=torch.uint8)}
+    source = InMemory({f"fc.{name}": tensor for name, tensor in (tensors | viewed).items()})
+    selected = found.select(config, module, source, {})
+    assert isinstance(selected, Quantized)
+    assert torch.equal(found.read(config, module, selected, source).tensors["W_q"], packed.tensors["W_q"])
+
+
 def test_gptq_keeps_a_group_index_only_where_it_says_something() -> None:
     found, config, module = method("gptq"), GptqConfig(4, group_size=32), linear("fc", N, K)
     plain = found.select(config, module, InMemory(gptq()), {})

@@ -161,6 +161,10 @@ HEADERS = [
     ),
     (entry(offsets=[4, 12]), "tensor 'x' does not fit its file", "bytes 4 to 12", "8 bytes for F32 [2]"),
     (entry(shape=[1 << 61, 8]), "tensor 'x' does not fit its file", "bytes 0 to 8", "73786976294838206464 bytes"),
+    (entry(dtype=["F32"]), "tensor 'x' has an unknown dtype", "['F32']", "F64, F32"),
+    (entry(shape=[1], offsets=[4, 8]), "tensor 'x' overlaps another, or follows a gap", "byte", "byte"),
+    (entry(shape=[1], offsets=[0, 4]), "the file goes on behind its last tensor", "", ""),
+    ({**entry(), "y": entry()["x"]}, "tensor 'y' overlaps another, or follows a gap", "byte", "byte"),
 ]
 
 

@@ -138,7 +138,10 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Bnb(Method):
-    """quant_method "bitsandbytes"."""
+    """quant_method "bitsandbytes".
+
+    4-bit weights are worth their float32 product, which the package rounds to the dtype that it computes in.
+    """
 
     name = "bitsandbytes"
     source = "https://arxiv.org/abs/2208.07339 and https://arxiv.org/abs/2305.14314"

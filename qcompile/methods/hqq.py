@@ -295,8 +295,8 @@ class Hqq(Method):
         used = {s.name: names[s.name] for s in fmt.stored(module.n, module.k)}
         for s in fmt.stored(module.n, module.k):
             if s.name == "W_q" and bool(described.get("view_as_float", torch.zeros(1)).any()):
-                ratio = DTYPES[short].itemsize // DTYPES[s.dtype].itemsize
-                stored.expect(used[s.name], source, (short,), (s.shape[0], s.shape[1] // ratio), module)
+                columns = s.shape[1] * DTYPES[s.dtype].itemsize // DTYPES[short].itemsize  # 3 bits: i32, wider than f16
+                stored.expect(used[s.name], source, (short,), (s.shape[0], columns), module)
             else:
                 stored.expect(used[s.name], source, (s.dtype,), s.shape, module)
         return Quantized(fmt, used, tuple(names[name] for name in described))
