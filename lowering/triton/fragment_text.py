@@ -343,7 +343,11 @@ class _Stream:
         # d0 >> 31 is 0, which compilers do not know: they would load constants again and again.
         for name, word in zip(self.table, self.way.decode.words(), strict=False):
             lines.append(f"{name} = tl.full([1, 1], {word - (word >> 31 << 32)}, tl.int32) ^ (d0 >> 31)")
-        return [*lines, f"row{s} = block{s} * {groups * ROWS} + i % 8 * 2 + i % {ROWS} // 8"]
+        return [
+            *lines,
+            f"row{s} = block{s} * {groups * ROWS} + i % 8 * 2 + i % {ROWS} // 8",
+            *[f"pair{s} = block{s} * {groups * ROWS // 2} + i % 8", f"side{s} = i % {ROWS} // 8 * 8"] * bool(self._bytes),
+        ]
 
     @property
     def _parts(self) -> list[str]:
@@ -367,12 +371,35 @@ class _Stream:
     def fetched(self, step: str, ending: str) -> list[str]:
         """The statements that load the parts of the groups of a step."""
         return [
-            f"{part}{self.suffix}_{u}_{piece}{ending} = tl.load({self.stored[part]} + row{self.suffix} + "
-            f"{self._group(f'({step} + {u})' if u else step, piece)} * {ROWS})"
+            f"{part}{self.suffix}_{u}_{piece}{ending} = "
+            f"{self._loaded(part, self._group(f'({step} + {u})' if u else step, piece))}"
             for part in self._parts
             for u in range(self.kernel.together)
             for piece in range(self.way.pieces)
         ]
+
+    def _loaded(self, part: str, group: str) -> str:
+        """A part of a group, for each output."""
+        pointer, s = self.stored[part], self.suffix
+        if part not in self._bytes:
+            return f"tl.load({pointer} + row{s} + {group} * {ROWS})"
+        pointer = f"{pointer}.to(tl.pointer_type(tl.uint16))"
+        return f"(tl.load({pointer} + pair{s} + {group} * {ROWS // 2}) >> side{s}) & 0xFF"
+
+    @property
+    def _bytes(self) -> list[str]:
+        """The parts of groups whose bytes are read two at a time, those of outputs r and r + 8.
+
+        Where bytes become part of decoded weights, and a warp has tensor cores of its own, Triton would order the inputs of
+        a product as for weights of 8 bits, and move every operand to that order.
+        """
+        if self.kernel.few or self.kernel.target.capability // 10 in (9, 10):
+            return []
+        return [part for part in self._parts if self._dtype(part) in ("u8", "f8e8m0", "f8e4m3", "f8e5m2")]
+
+    def _dtype(self, part: str) -> str:
+        """The stored dtype of a part of groups."""
+        return {"scales": self.format.scale, "zeros": str(self.format.zero), "offsets": str(self.format.offset)}[part]
 
     def _group(self, step: str, piece: int) -> str:
         """The group of a piece of 128 inputs; behind the last one, where x is 0, the last."""
@@ -387,8 +414,7 @@ class _Stream:
 
     def _number(self, part: str, u: int, piece: int) -> str:
         """A part of a group as f32 [BN]."""
-        dtype = {"scales": self.format.scale, "zeros": str(self.format.zero), "offsets": str(self.format.offset)}[part]
-        return _as_f32(f"{part}{self.suffix}_{u}_{piece}", dtype)
+        return _as_f32(f"{part}{self.suffix}_{u}_{piece}", self._dtype(part))
 
     @property
     def table(self) -> list[str]:
