@@ -72,6 +72,8 @@ def _placeholders(program: Program, ctx: Context) -> None:
         for name, value in zip(port.shape, node.meta["val"].shape, strict=True):
             if isinstance(name, str) and isinstance(size(value), sympy.Symbol):
                 ctx.names[size(value)] = name
+            elif isinstance(name, str) and size(value).is_number:
+                raise InternalError("a size was fixed by a pass", where=port.name, found=value, expected=name)
     for node, port in zip(nodes, ports, strict=True):
         is_state = port.name in program.states
         ctx.values[node] = Strided.contiguous_in(port.name, port.dtype, node.meta["val"].shape)

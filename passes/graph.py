@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,16 +92,10 @@ def _evaluate(program: Program, node: Node, mode: Any) -> Any:
     function: Any = getattr(program.graph, str(node.target)) if node.op == "call_module" else node.target
     args: Any = map_arg(node.args, lambda source: source.meta["val"])
     kwargs: Any = map_arg(node.kwargs, lambda source: source.meta["val"])
-    with mode if mode is not None else nullcontext(), _composites():
+    # Some operators that torch makes of others ask for numbers, which fixes the sizes to those of the example, unless Python's
+    # decompositions come first.
+    with mode if mode is not None else nullcontext(), enable_python_dispatcher():
         return function(*args, **kwargs)
-
-
-def _composites() -> AbstractContextManager[None]:
-    """What keeps sizes symbolic in operators that torch makes of others.
-
-    Older ones ask for numbers there, which fixes the sizes to those of the example, unless Python's decompositions come first.
-    """
-    return enable_python_dispatcher() if torch.__version__ < "2.13" else nullcontext()
 
 
 def infer(program: Program, nodes: Iterable[Node] | None = None) -> None:
