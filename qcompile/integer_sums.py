@@ -32,8 +32,8 @@ class IntegerCodes:
 
     @property
     def reach(self) -> int:
-        """The greatest |code - zero|."""
-        return self.high - self.low if self.zeros else max(-self.low, self.high)
+        """The greatest |code - zero| of bytes."""
+        return 255 if self.zeros else max(-self.low, self.high)
 
 
 def integer_codes(each: Transform) -> IntegerCodes | str:
@@ -62,8 +62,10 @@ def rounding_problem(each: Transform) -> str:
         if not all(math.isfinite(value) for value in vars(each).values() if isinstance(value, float)):
             return "a number of its rounding is not finite"
     signed = -128 <= found.low < found.high <= 127
-    unsigned = found.zeros and 0 <= found.low < found.high <= 255
-    return "" if signed or unsigned else f"its inputs are rounded to {found.low} .. {found.high}"
+    if not signed and not (found.zeros and 0 <= found.low < found.high <= 255):
+        return f"its inputs are rounded to {found.low} .. {found.high}"
+    stored = each.zero if isinstance(each, RoundInt) and each.scale else ""
+    return "" if stored in ("", "i8" if signed else "u8") else f"a zero that is stored as {stored} may be no code"
 
 
 def sums_problem(layout: Lanes, k: int, group: int, reach: int) -> str:

@@ -40,6 +40,8 @@ def test_codes() -> None:
         (BnbInt8(), LlmInt8(6.0), "columns with outliers stay floats"),
         (Int8(scale="bf16", rounding="product-bf16"), RoundInt(), "a weight is not just a code times a scale"),
         (Bitstream(scale="f32", columns=128, indirect=True), RoundInt(), None),
+        (Int8(), RoundInt(per="tensor", scale="f32", zero="i8"), None),
+        (Int8(), RoundInt(per="tensor", scale="f32", zero="f32"), "a zero that is stored as f32 may be no code"),
         (Fp8("f8e4m3"), RoundInt(), "its codes are f8e4m3"),
         (Int8(), RoundFloat(), ""),
     ],
