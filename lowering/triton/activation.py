@@ -21,7 +21,7 @@ from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
-from qcompile.lowering.triton.transforms import ELEMENTS, Row, helpers, over
+from qcompile.lowering.triton.transforms import Row, helpers, over
 from qcompile.row_transforms import LONGEST, problem, reads_all_rows
 from qcompile.target import Target
 from qcompile.transform import Transform, transform_from_json
@@ -238,11 +238,7 @@ class Text:
             )
         if isinstance(last, RoundInt | RoundFloat):
             made = row.codes(last, self.stored[-1])
-        if isinstance(last, RoundFloat):
-            lowest, mantissa = ELEMENTS[last.element]
-            code = f"small_bits({made.code}, {lowest}, {mantissa}).to(tl.uint8)"
-        else:
-            code = f"{made.code}.to(tl.int8)"
+        code = row.bits(made.code, last.element) if isinstance(last, RoundFloat) else f"{made.code}.to(tl.int8)"
         codes = f"flat({code})" if made.size else code
         # Groups fill up with zeros, whose code is 0.
         lines.append(f"tl.store(codes + m * {p.padded} + at, {codes}, mask=at < {p.padded})")

@@ -27,7 +27,7 @@ from qcompile.lowering.triton.linear import Request, Shape
 from qcompile.lowering.triton.linear_params import LinearParams
 from qcompile.lowering.triton.schedule import OPEN
 from qcompile.lowering.triton.source import Source
-from qcompile.lowering.triton.text import DTYPES, interpreted, module
+from qcompile.lowering.triton.text import DTYPES, FIRST_FP8, interpreted, module
 from qcompile.lowering.triton.tiles import Schedule
 from qcompile.row_transforms import problem as row_problem
 from qcompile.target import Target
@@ -35,7 +35,6 @@ from qcompile.transforms.llm_int8 import LlmInt8
 
 TEMPLATE = "linear-native"
 TIER = "native"
-FIRST_FP8 = 89  # the least capability that multiplies 8-bit floats
 
 _E4M3 = '''
 @triton.jit

@@ -13,6 +13,8 @@ DTYPES: dict[str, str] = {
     "bool": "tl.int1", "f8e4m3": "tl.float8e4nv", "f8e5m2": "tl.float8e5",
 }  # fmt: skip
 
+FIRST_FP8 = 89  # the least capability that knows 8-bit floats
+
 # Triton's interpreter drops bits where a GPU rounds to the nearest, and multiplies the raw bits of bf16 in a dot.
 _ROUND_BF16 = '''
 

@@ -256,7 +256,8 @@ def test_few_rows_cost_few_instructions(capability: int, name: str, most_instruc
     assert found.main.tensor_cores and found.main.loads[128]
     assert found.per_weight(rows=16) <= most_instructions
     # Rows are rounded in a loop of their own, 32 inputs of a thread at a time: what it costs, all outputs of a tile share.
-    assert sum(loop.instructions for loop in found.loops) - found.main.instructions <= 32 * 45
+    most = 32 * (45 if capability < 89 else 30)
+    assert sum(loop.instructions for loop in found.loops) - found.main.instructions <= most
 
 
 @pytest.mark.full
