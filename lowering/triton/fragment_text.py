@@ -173,6 +173,10 @@ class Text:
         together = self.plan.block_k // INPUTS
         self.together = together if together and self.steps // split_k % together == 0 else 1
         self.few = most <= SKINNY
+        # Where warps have tensor cores of their own, Triton lets them share outputs, and decode the same weights; but where one
+        # product adds to another's sum it gives each warp outputs of its own.
+        self.alone = target.capability // 10 not in (9, 10)
+        self.halves = 2 if self.alone and not self.few else 1
         self.ragged_k = shape.k % INPUTS != 0
         self.pointers = [*shape.pointers(), *(split.POINTERS if split_k > 1 else [])]
         self.names = [pointer.name for pointer in self.pointers]
@@ -275,7 +279,7 @@ class Text:
 
     def _step(self, u: int, streams: Sequence[_Stream]) -> list[str]:
         """The statements for 128 inputs; the streams agree in where their groups end, or take them at the finer ends."""
-        pieces = max(stream.way.pieces if stream.way.on_sums else 1 for stream in streams)
+        pieces = max(stream.way.pieces if stream.way.on_sums else self.halves for stream in streams)
         lines = [f"at = (step + {u}) * {INPUTS}" if u else f"at = step * {INPUTS}"]
         for stream in streams:
             lines += stream.weights(u, pieces)
@@ -393,7 +397,7 @@ class _Stream:
         Where bytes become part of decoded weights, and a warp has tensor cores of its own, Triton would order the inputs of
         a product as for weights of 8 bits, and move every operand to that order.
         """
-        if self.kernel.few or self.kernel.target.capability // 10 in (9, 10):
+        if self.kernel.few or not self.kernel.alone:
             return []
         return [part for part in self._parts if self._dtype(part) in ("u8", "f8e8m0", "f8e4m3", "f8e5m2")]
 
