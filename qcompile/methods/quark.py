@@ -1,4 +1,4 @@
-"""AMD Quark: integers of 8 and 4 bits, FP8, and MXFP6/MXFP4, with or without rounded activations."""
+"""AMD Quark: integers of 8, 4, 3 and 2 bits, FP8, and MXFP6/MXFP4, with or without rounded or rotated activations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.formats.quark import QuarkInt4
+from qcompile.methods import quark_narrow as narrow
+from qcompile.methods import quark_rotation as turning
 from qcompile.methods import skip, stored
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
-from qcompile.methods.quark_spec import Spec, codes, moved, spec_of, whole_layer
+from qcompile.methods.quark_spec import RANGES, Spec, codes, moved, narrow_packed, spec_of, whole_layer
 from qcompile.transform import Applied
 from qcompile.transforms.round_int import RoundInt
+from qcompile.transforms.rounding import Rounding
 
 if TYPE_CHECKING:
     from qcompile.format import Format, Packed
@@ -89,13 +92,19 @@ class QuarkConfig(MethodConfig):
         self.require(
             said.get("pack_method", "reorder") in ("reorder", "order"), "export", "pack_method 'reorder' or 'order'"
         )
-        online = [name for name in self.algo_config or () if isinstance(name, Mapping) and name.get("online_config")]
-        self.require(not online, "algo_config", "no online rotation", "export the model without online rotations")
+        turned = [each for each in self.algo_config or () if isinstance(each, Mapping) and each.get("r3")]
+        self.require(not turned, "algo_config", "no rotation of keys and queries (r3)", "export the model without it")
 
     @property
     def reorder(self) -> bool:
         """How words of 4-bit integers are filled."""
         return bool((self.export or {}).get("pack_method", "reorder") == "reorder")
+
+    @property
+    def online(self) -> tuple[str, ...]:
+        """The paths of modules whose inputs are rotated; "*": of all that have a matrix."""
+        found = [each.get("online_config") for each in self.algo_config or () if isinstance(each, Mapping)]
+        return tuple(path for each in found if each for path in each.get("online_rotation_layers") or ("*",))
 
     def specs(self, path: str) -> dict[str, Spec | None] | str:
         """What happens to the tensors of a linear module, or the reason why it stays dense."""
@@ -122,13 +131,15 @@ class Quark(Method):
     As transformers loads it: key-value caches stay float whatever the config says. Deviations: the original computes with
     activations and dequantized weights in the model's dtype; here both are float32. Quark quantizes with calibration;
     on the fly it is its min-max observers on the weight alone, so static activation scales need a checkpoint. No module is
-    dense by default: name the output embedding in `exclude`.
+    dense by default: name the output embedding in `exclude`. Integers of 2 and 3 bits become a bit stream. Quark 0.13
+    exports int3, and does not load it again: it is read as quark's own packing has it. Rotated inputs (online R1, R4) go
+    through the stored matrix in float32; a matrix of trained rotations is rounded to float32.
     """
 
     name = "quark"
     source = "https://quark.docs.amd.com"
     Config = QuarkConfig
-    formats = ("quark-int4", "int8", "fp8", "fp4", "fp6")
+    formats = ("quark-int4", "bitstream", "int8", "fp8", "fp4", "fp6")
 
     def prequantized(self, config: MethodConfig, source: TensorSource) -> bool:
         return any(name.endswith(".weight_scale") or name == "weight_scale" for name in source.names())
@@ -156,8 +167,10 @@ class Quark(Method):
             spec = specs[name]
             if spec is not None and not spec.is_dynamic:
                 raise _calibrated(module, f"static scales for {name}", "is_dynamic true, or a checkpoint with scales")
+        if config.online:
+            raise _calibrated(module, "an online rotation in algo_config", "no rotation")
         fmt = _made(config, weight, module)
-        stored.legal(fmt, module, self.name)
+        _legal(fmt, weight, module)
         return Quantized(fmt)
 
     def _stored(
@@ -173,7 +186,8 @@ class Quark(Method):
                 static += [f"{prefix}_scale"] + ([f"{prefix}_zero_point"] if each.integer else [])
         stored.require(names, wanted + static, module, self.name)
         fmt = _format(config, spec, module, source.info(names["weight_scale"]).dtype)
-        stored.legal(fmt, module, self.name)
+        _legal(fmt, spec, module)
+        turns = turning.names(config.online, names, module, source)
         for name, (dtypes, shape) in _official(spec, fmt, module).items():
             one = (1,) if shape == () and source.info(names[name]).shape == (1,) else shape
             stored.expect(names[name], source, dtypes, one, module)
@@ -184,10 +198,12 @@ class Quark(Method):
         # The scales of key-value caches: transformers does not use them.
         caches = [name for name in ("output_scale", "output_zero_point") if name in names and name not in static]
         note = "the scale of a key-value cache is not used" if caches else ""
-        return Quantized(fmt, {n: names[n] for n in wanted}, tuple(names[n] for n in static + caches), note)
+        claims = (*(names[n] for n in static + caches), *turns.values())
+        return Quantized(fmt, {n: names[n] for n in wanted}, claims, note)
 
     def read(self, config: MethodConfig, module: Module, selected: Quantized, source: TensorSource) -> Packed:
-        fmt, specs = selected.format, cast(QuarkConfig, config).specs(module.path)
+        config = cast(QuarkConfig, config)
+        fmt, specs = selected.format, config.specs(module.path)
         assert not isinstance(specs, str) and specs["weight"] is not None  # `select` has looked
         spec = specs["weight"]
         data = {n: stored.finite(source.read(full), full, module) for n, full in selected.names.items()}
@@ -199,8 +215,8 @@ class Quark(Method):
                 expected="nothing but 0",
                 remedy="correct 'symmetric' in the quantization_config, or export the model again",
             )
-        made = {}
-        for each in fmt.stored(module.n, module.k):
+        made = narrow_packed(spec, fmt, narrow.read(spec, data), module.n, module.k) if spec.narrow else {}
+        for each in fmt.stored(module.n, module.k) if not spec.narrow else ():
             tensor = data["weight" if each.name == "weight" else f"weight_{_OFFICIAL[each.name]}"]
             turned = tensor.t().contiguous() if _transposed(spec) else tensor
             made[each.name] = turned.reshape(each.shape)
@@ -208,7 +224,8 @@ class Quark(Method):
         names = stored.tensors(source, module)
         static = {n: stored.finite(source.read(f), f, module) for n, f in names.items() if f in selected.also_claims}
         dtype = NAMES[packed.tensors["scale"].dtype]  # the model's, but for powers of two, which need none
-        packed.before = _rounding(specs["input_tensors"], "input", static, dtype)
+        turns = turning.read(turning.names(config.online, names, module, source), module, source)
+        packed.before = (*turns, *_rounding(specs["input_tensors"], "input", static, dtype))
         packed.after = _rounding(specs["output_tensors"], "output", static, dtype)
         return packed
 
@@ -230,6 +247,9 @@ class Quark(Method):
         stored.legal(fmt, module, self.name)
         stored.finite(weight, module.weight, module)
         made = spec.quantized(weight)
+        if spec.narrow:
+            packed = stored.packed(fmt, narrow_packed(spec, fmt, made, module.n, module.k), module)
+            return _around(packed, specs, module)
         rows, columns = (size or whole for size, whole in zip(spec.blocks(module.k), weight.shape, strict=True))
         fields = {
             name: value.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
@@ -239,10 +259,7 @@ class Quark(Method):
         fields["code"] = codes(fmt, made["value"])
         if "zero" in fields:
             fields["zero"] = fields["zero"].to(torch.int32) + moved(fmt)
-        packed = stored.packed(fmt, pack(fmt, fields, module.n, module.k), module)
-        packed.before = _rounding(specs["input_tensors"], "input", {}, module.dtype)
-        packed.after = _rounding(specs["output_tensors"], "output", {}, module.dtype)
-        return packed
+        return _around(stored.packed(fmt, pack(fmt, fields, module.n, module.k), module), specs, module)
 
     def stored_config(self, config: MethodConfig, weights: Mapping[str, Packed]) -> dict[str, Any]:
         """The config with every key that quark reads, where the caller's had fewer."""
@@ -256,8 +273,10 @@ class Quark(Method):
     def write(self, config: MethodConfig, module: Module, packed: Packed) -> dict[str, torch.Tensor]:
         specs = cast(QuarkConfig, config).specs(module.path)
         assert not isinstance(specs, str) and specs["weight"] is not None  # it was quantized
-        spec, made = specs["weight"], {}
-        for name, (dtypes, shape) in _official(spec, packed.format, module).items():
+        spec, made = specs["weight"], turning.written(packed, module)
+        if spec.narrow:
+            made |= _narrow_written(spec, packed)
+        for name, (dtypes, shape) in _official(spec, packed.format, module).items() if not spec.narrow else ():
             inner = {"weight": "weight", "weight_scale": "scale", "weight_zero_point": "zero"}[name]
             tensor = packed.tensors.get(inner)
             if tensor is None:  # a symmetric weight's zero points
@@ -266,7 +285,7 @@ class Quark(Method):
                 tensor = tensor.t().contiguous()
             made[name] = tensor.reshape(shape)
         for prefix, around in (("input", packed.before), ("output", packed.after)):
-            for each in around:
+            for each in (each for each in around if isinstance(each.transform, Rounding)):
                 for name, value in each.tensors.items():
                     made[f"{prefix}_{_OFFICIAL[name]}"] = value.reshape(())
                 if isinstance(each.transform, RoundInt) and each.tensors:
@@ -290,6 +309,10 @@ def _transposed(spec: Spec) -> bool:
 
 def _official(spec: Spec, fmt: Format, module: Module) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """The dtypes and shapes of a weight's tensors in quark's files."""
+    if spec.narrow:
+        kinds = {"weight_scale": FLOATS}
+        shapes = narrow.shapes(spec, module.n, module.k)
+        return {name: (kinds.get(name, (narrow.STORED[spec.dtype],)), shape) for name, shape in shapes.items()}
     tensors = {each.name: each for each in fmt.stored(module.n, module.k)}
     weight, scale = tensors["weight"], tensors["scale"]
     turned = -1 if _transposed(spec) else 1
@@ -313,6 +336,20 @@ def _format(config: QuarkConfig, spec: Spec, module: Module, scale: str) -> Form
     fmt = spec.format("u8" if spec.powers else scale, module.k, reorder=config.reorder)
     assert fmt is not None
     return fmt
+
+
+def _legal(fmt: Format, spec: Spec, module: Module) -> None:
+    """ConfigError unless quark's files can hold the module's weight."""
+    stored.legal(fmt, module, Quark.name)
+    problem = narrow.problem(spec, module.n, module.k) if spec.narrow else ""
+    if problem:
+        raise ConfigError(
+            "quark cannot store this module's weight",
+            where=f"{module.path} [{module.n}, {module.k}]",
+            found=f"{spec.dtype}, {problem}",
+            expected="whole groups, and whole bytes",
+            remedy="choose another group size, or leave the module dense by 'exclude'",
+        )
 
 
 def _supported(specs: Mapping[str, Spec | None], module: Module) -> None:
@@ -353,6 +390,25 @@ def _made(config: QuarkConfig, spec: Spec, module: Module) -> Format:
             module, f"{spec.round_method}, {spec.scale_type}", "half_even and scale_type float or float32"
         )
     return _format(config, spec, module, "f32" if spec.scale_type == "float32" else module.dtype)
+
+
+def _around(packed: Packed, specs: Mapping[str, Spec | None], module: Module) -> Packed:
+    """The weight with the roundings that find their scales while running."""
+    packed.before = _rounding(specs["input_tensors"], "input", {}, module.dtype)
+    packed.after = _rounding(specs["output_tensors"], "output", {}, module.dtype)
+    return packed
+
+
+def _narrow_written(spec: Spec, packed: Packed) -> dict[str, torch.Tensor]:
+    from qcompile.pack import unpack
+
+    fields = unpack(packed.format, packed.tensors, packed.N, packed.K)
+    least, _ = RANGES[spec.dtype]
+    scale = packed.tensors["scale"]
+    zero = packed.tensors.get("zero", torch.zeros(scale.shape)).to(torch.int32)
+    # The format's zeros are less the middle of its codes, which is -least of signed ones.
+    zero = zero + least + (1 << (narrow.BITS[spec.dtype] - 1))
+    return narrow.written(spec, fields["code"].to(torch.int32) + least, scale, zero)
 
 
 def _calibrated(module: Module, found: str, expected: str) -> ConfigError:

@@ -13,18 +13,20 @@ from qcompile.format import Format
 from qcompile.formats.integer import Int8
 from qcompile.formats.minifloat import E2M1, Fp4, Fp6, Fp8, minifloats
 from qcompile.formats.quark import QuarkInt4
+from qcompile.methods import quark_narrow as narrow
 from qcompile.transform import Transform
 from qcompile.transforms.round_float import RoundFloat, RoundMx
 from qcompile.transforms.round_int import RoundInt
 from qcompile.transforms.rounding import LARGEST, to_element
 
-RANGES = {"int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127), "uint8": (0, 255)}
+RANGES = {
+    "int2": (-2, 1), "uint2": (0, 3), "int3": (-4, 3), "int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127),
+    "uint8": (0, 255),
+}  # fmt: skip
 ELEMENTS = {"fp8_e4m3": "f8e4m3", "fp8_e5m2": "f8e5m2", "fp4": "e2m1", "fp6_e2m3": "e2m3", "fp6_e3m2": "e3m2"}
 MX = {"fp4": (1, 2), "fp6_e2m3": (3, 2), "fp6_e3m2": (2, 4), "fp8_e4m3": (3, 8), "fp8_e5m2": (2, 15)}
 """Bits of the mantissa and the largest exponent."""
-OTHERS = (
-    "int2", "uint2", "int3", "int16", "uint16", "int32", "fp8_e5m3", "mx", "mx6", "mx9", "bfp16", "bfloat16", "float16",
-)  # fmt: skip
+OTHERS = ("int16", "uint16", "int32", "fp8_e5m3", "mx", "mx6", "mx9", "bfp16", "bfloat16", "float16")
 """Quark's other types, which no checkpoint that transformers loads holds."""
 EPS = 2.0**-23
 
@@ -51,6 +53,11 @@ class Spec:
         return self.dtype in RANGES
 
     @property
+    def narrow(self) -> bool:
+        """True for integers of 2 and 3 bits, which are stored in ways of their own."""
+        return self.dtype in narrow.BITS
+
+    @property
     def powers(self) -> bool:
         """True when scales are powers of two, stored as their exponents."""
         return self.scale_format == "e8m0"
@@ -68,6 +75,8 @@ class Spec:
         """The format of a weight of `k` inputs with scales of the dtype `scale`; None where quark's files hold none."""
         rows, columns = self.blocks(k)
         groups = self.qscheme == "per_group"
+        if self.narrow:
+            return narrow.format_of(self, scale, k)
         if self.dtype in ("int4", "uint4"):
             per: Any = {"per_group": "group", "per_tensor": "tensor"}.get(self.qscheme, "channel")
             fits = self.qscheme in ("per_group", "per_tensor") or (rows, columns) == (1, 0)
@@ -214,6 +223,20 @@ def spec_of(data: Any, where: str) -> Spec | None:
 def moved(fmt: Format) -> int:
     """What the format adds to signed codes and zero points."""
     return 8 if isinstance(fmt, QuarkInt4) and fmt.signed else 0
+
+
+def narrow_packed(spec: Spec, fmt: Format, made: Mapping[str, torch.Tensor], n: int, k: int) -> dict[str, torch.Tensor]:
+    """The format's tensors of integers of 2 or 3 bits [N, K] with scales and zero points [N, groups]."""
+    from qcompile.pack import pack
+
+    middle, least = 1 << (narrow.BITS[spec.dtype] - 1), RANGES[spec.dtype][0]
+    fields = {
+        "code": made["value"].to(torch.int32) - least,
+        "scale": made["scale"].repeat_interleave(k // made["scale"].shape[1], 1),
+        "zero": (made["zero"].to(torch.int32) - least - middle).repeat_interleave(k // made["zero"].shape[1], 1),
+    }
+    stored = {each.name for each in fmt.stored(n, k)}
+    return pack(fmt, {name: each for name, each in fields.items() if name in stored or name == "code"}, n, k)
 
 
 def codes(fmt: Format, value: torch.Tensor) -> torch.Tensor:

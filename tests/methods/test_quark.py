@@ -17,6 +17,8 @@ from qcompile.format import Packed
 from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.index import parse_config
 from qcompile.methods.quark import Quark, QuarkConfig
+from qcompile.methods.quark_narrow import written
+from qcompile.methods.quark_spec import RANGES
 from qcompile.program import Module
 
 N, K = 48, 64
@@ -175,7 +177,7 @@ def test_what_is_written_has_every_key_that_quark_reads() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str, str, str]] = [
-    ({"weight": spec("int5")}, "field global_quant_config, 'weight', 'dtype'", "'int5'", "int4, uint4, int8, uint8, fp8_e4m3"),
+    ({"weight": spec("int5")}, "field global_quant_config, 'weight', 'dtype'", "'int5'", "int2, uint2, int3, int4, "),
     ({"weight": spec(is_dynamic=None)}, "field global_quant_config, 'weight', 'is_dynamic'", "None", "a value, which int8 needs"),
     ({"weight": spec(symmetric=None)}, "field global_quant_config, 'weight', 'symmetric'", "None", "a value, which int8 needs"),
     ({"weight": spec(qscheme="per_row")}, "field global_quant_config, 'weight', 'qscheme'", "'per_row'", "per_tensor, per_ch"),
@@ -204,7 +206,7 @@ def test_wrong_values_are_said(layer: dict[str, Any], where: str, found: str, ex
     [
         ({"export": {"weight_format": "fake_quantized"}}, "weight_format 'real_quantized'"),
         ({"export": {"pack_method": "other"}}, "pack_method 'reorder' or 'order'"),
-        ({"algo_config": [{"name": "rotation", "online_config": {"x": 1}}]}, "no online rotation"),
+        ({"algo_config": [{"name": "rotation", "r3": True}]}, "no rotation of keys and queries (r3)"),
         ({"exclude": "lm_head"}, "None or a list of module names"),
     ],
 )
@@ -212,6 +214,102 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**fields)
     assert caught.value.expected == found
+
+
+# Integers of 2 and 3 bits, and rotated inputs
+
+
+PACKED = {  # by the packing of amd-quark 0.13: integers [8, 16] and zero points [8, 8] of 8 groups
+    "uint2": ("03ea0fe90fa53ea5fe94fa54ea50e940a543a503940f543f503e40fa43fa03e9", "2c71c61b6cb1c71861b2cb1c71861b2c"),
+    "int3": (
+        "24f9ff92da1600b6d9761292fc7f496d0b00db6c3b0949febfa4b605806db69d8424ff5f52db02c036db4e4292ff2fa9",
+        "7c9717a660becb0b5330dfe5852998eff2c214cc7779610a",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int2", *PACKED])
+def test_integers_of_2_and_3_bits_lie_as_quark_packs_them(dtype: str) -> None:
+    low, high = RANGES[dtype]
+    integers = torch.arange(128) * 37 % 29 % (high - low + 1) + low
+    zeros = torch.arange(64) * 11 % 13 % (high - low + 1) + low
+    integers, zeros, scale = integers.reshape(8, 16), zeros.reshape(8, 8), torch.arange(1.0, 65.0).reshape(8, 8) / 8
+    said, module = config(spec(dtype, "per_group", group_size=2, symmetric=False)), linear("fc", 8, 16)
+    own = said.specs("fc")
+    assert isinstance(own, dict) and own["weight"] is not None
+    tensors = written(own["weight"], integers, scale, zeros)
+    if dtype == "int2":  # a word for each, the other way round
+        assert torch.equal(tensors["weight"], integers.t().int())
+        assert torch.equal(tensors["weight_zero_point"], zeros.t().int())
+    else:
+        made = [bytes(tensors[name].flatten().tolist()).hex() for name in ("weight", "weight_zero_point")]
+        assert tuple(made) == PACKED[dtype]
+    packed = read(Quark(), said, module, InMemory({f"fc.{name}": tensor for name, tensor in tensors.items()}))
+    wide = (each.repeat_interleave(2, 1) for each in (zeros, scale))
+    assert torch.equal(value(packed), (integers - next(wide)) * next(wide))
+    assert same_bits(Quark().write(said, module, packed), tensors)
+    if dtype != "int2":
+        with pytest.raises(ConfigError, match="whole groups, and whole bytes"):
+            Quark().select(said, linear("fc", 6, 12), InMemory({"fc.weight": sample(6, 12)}), {"fc": FC})
+
+
+def rotated(size: int | None = None) -> QuarkConfig:
+    online = {"online_rotation_layers": ["fc"], "shared_parallel": False, "use_input_prescale": False}
+    return config(algo_config=[{"name": "rotation", "r1": True, "rotation_size": size, "online_config": online}])
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "other", "trained", "shared", "scaled"])
+def test_rotated_inputs(kind: str) -> None:
+    """x @ W.T of the weight that was rotated with x: 1 and -1 are divided by the root of the matrix's size."""
+    signs = torch.ones(1, 1)
+    while len(signs) < 16:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), signs)
+    if kind == "other":
+        signs = signs[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    matrix = (
+        torch.linalg.qr(sample(16, 16).double() + torch.eye(16))[0].contiguous()
+        if kind == "trained"
+        else signs.to(torch.int8)
+    )
+    if kind == "shared":
+        matrix = torch.kron(torch.ones(1), torch.kron(signs, torch.tensor([[1, 1], [1, -1]]))).to(torch.int8)
+        matrix = torch.kron(matrix, torch.tensor([[1, 1], [1, -1]])).to(torch.int8)
+    said, x = rotated(16), torch.randn(3, K, generator=torch.Generator().manual_seed(1))
+    tensors = Quark().write(config(), FC, Quark().quantize(config(), FC, sample()))
+    source = InMemory({f"fc.{name}": tensor for name, tensor in tensors.items()})
+    source.tensors["model.shared_input_rotation_64" if kind == "shared" else "fc.input_rotation"] = matrix
+    scale = torch.linspace(0.5, 1.5, K) if kind == "scaled" else torch.ones(K)
+    if kind == "scaled":
+        source.tensors["fc.input_prescale"] = scale
+    selected = Quark().select(said, FC, source, {"fc": FC})
+    assert isinstance(selected, Quantized)
+    assert {*selected.names.values(), *selected.also_claims} == source.tensors.keys()
+    packed = Quark().read(said, FC, selected, source)
+    kinds = {"other": ["rotate"], "trained": ["rotate"], "scaled": ["scale", "hadamard"]}
+    assert [each.transform.kind for each in packed.before] == kinds.get(kind, ["hadamard"])
+    turn = matrix.double() if kind == "trained" else matrix.double() / len(matrix) ** 0.5
+    want = (((x * scale).double().reshape(3, -1, len(turn)) @ turn).flatten(1) @ value(packed).double().t()).float()
+    assert (call(packed, x) - want).norm() <= 1e-6 * want.norm()
+    made = Quark().write(said, FC, packed)
+    assert torch.equal(made["input_rotation"], matrix.float() if kind == "trained" else matrix)
+    assert made["input_rotation"].dtype == (torch.float32 if kind == "trained" else torch.int8)
+    assert ("input_prescale" in made) == (kind == "scaled")
+    assert same_bits(again(said, packed).tensors, packed.tensors)
+
+
+def test_a_rotation_without_its_matrix() -> None:
+    tensors = Quark().write(config(), FC, Quark().quantize(config(), FC, sample()))
+    with pytest.raises(CheckpointError) as caught:
+        read(Quark(), rotated(), FC, InMemory({f"fc.{name}": tensor for name, tensor in tensors.items()}))
+    assert str(caught.value) == (
+        "a module whose input is rotated has no matrix\n"
+        "  where:    fc\n"
+        "  found:    weight, weight_scale, weight_zero_point\n"
+        "  expected: input_rotation, or shared_input_rotation_64 for all modules with 64 inputs\n"
+        "  try:      the checkpoint is incomplete: algo_config names this module in online_rotation_layers"
+    )
+    with pytest.raises(ConfigError, match="quark cannot quantize this module on the fly"):
+        Quark().select(rotated(), FC, InMemory({"fc.weight": sample()}), {"fc": FC})
 
 
 # Quantization, and every scheme there and back
@@ -224,6 +322,8 @@ SCHEMES: list[tuple[dict[str, Any], float]] = [  # and the largest error as a sh
     *((spec(dtype, scheme, symmetric=dtype == "int4"), 1 / 7)
       for dtype in ("int4", "uint4") for scheme in ("per_tensor", "per_channel", "per_group")),
     (spec("uint4", "per_group", group_size=-1, symmetric=False), 1 / 7),
+    *((spec(dtype, scheme, symmetric=symmetric, group_size=8), bound) for scheme in ("per_channel", "per_group")
+      for dtype, symmetric, bound in (("int2", True, 1.01), ("uint2", False, 0.7), ("int3", True, 0.4), ("int3", False, 0.3))),
     *((spec("fp8_e4m3", scheme), 1 / 16) for scheme in ("per_tensor", "per_channel")),
     (spec("fp8_e5m2", "per_channel"), 1 / 8),
     (spec("fp8_e4m3", "per_block", block_size=[16, 32]), 1 / 16),
