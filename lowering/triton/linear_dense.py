@@ -1,7 +1,7 @@
 """Linears of many rows whose format has no fast kernel: weights decoded once to the compute dtype, then a plain product.
 
-From a few hundred rows on, tensor cores and not the weights' bytes bound the time, and decoding once is less work than
-decoding for every tile of rows. The template "linear-finish" is the end of such a linear:
+From a hundred rows on decoding once is less work than decoding by a format's formula for every tile of rows; from a few
+hundred on tensor cores bound the time of any kernel. The template "linear-finish" is the end of such a linear:
 
     y[m, n] = epilogue(sums[m, n] + bias[n])
 """

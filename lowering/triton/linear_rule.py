@@ -55,8 +55,10 @@ def _serve(request: Request, most: int | None) -> tuple[ModuleType, list[Call], 
     """The tier that serves a bucket, its calls, and why the tiers before it do not."""
     refusals: list[str] = []
     many = most is None or most >= linear_dense.LEAST
-    # Of many rows tensor cores multiply decoded weights as fast as they can; native codes they multiply faster still.
-    for name in (FAST[0], *["linear_dense"] * many, *FAST[1:], "linear_generic"):
+    # Of many rows tensor cores multiply decoded weights as fast as they can; native codes they multiply faster still. Formats
+    # without a fast kernel are decoded first sooner.
+    slow = most is not None and BUCKETS[-2] < most < linear_dense.LEAST
+    for name in (FAST[0], *["linear_dense"] * many, *FAST[1:], *["linear_dense"] * slow, "linear_generic"):
         tier = import_module(f"qcompile.lowering.triton.{name}")
         try:
             return tier, tier.calls(request, most), "; ".join(refusals)

@@ -15,7 +15,7 @@ from qcompile.evaluate import dequantize
 from qcompile.format import Format
 from qcompile.formats.codebook import Aqlm, Vptq
 from qcompile.formats.higgs import Higgs
-from qcompile.lowering.triton import linear_codebook, templates, toolchain
+from qcompile.lowering.triton import linear_codebook, sass, templates, toolchain
 from qcompile.lowering.triton.codebooks import vectors
 from qcompile.lowering.triton.linear import Shape
 from qcompile.target import target
@@ -44,9 +44,9 @@ def kernel(
     epilogue: tuple[dict[str, Any], ...] = (),
     split_k: int = 1,
 ) -> KernelSpec:
-    shape = Shape(
-        (format.to_json(),) * len(rows), rows, k, True, None, epilogue, "bf16", "f32" if most <= 4 else "bf16"
-    )
+    compute = getattr(format, "dtype", "f16")
+    x = "f32" if most <= 4 else compute
+    shape = Shape((format.to_json(),) * len(rows), rows, k, True, None, epilogue, compute, x)
     return KernelSpec("linear-codebook", json.loads(json.dumps(shape.params(most=most, split_k=split_k))))
 
 
@@ -67,8 +67,8 @@ def test_sums_of_entries(
 ) -> None:
     held = [storage(format, n, k, seed) for seed, n in enumerate(rows)]
     w = torch.cat([dequantize(format, tensors, n, k) for tensors, n in zip(held, rows, strict=True)])
-    x, bias = torch.randn(m, k).bfloat16(), torch.randn(sum(rows))
-    expected = torch.nn.functional.linear(x.float(), w if m <= 4 else w.bfloat16().float(), bias)
+    x, bias = torch.randn(m, k).to(DTYPES[format.dtype]), torch.randn(sum(rows))  # type: ignore[attr-defined]
+    expected = torch.nn.functional.linear(x.float(), w, bias)
     if epilogue == GLU:
         gate, up = expected.chunk(2, -1)
         expected = torch.nn.functional.silu(gate) * up
@@ -79,7 +79,8 @@ def test_sums_of_entries(
     stored = [tensor for tensors in held for tensor in tensors.values()]
     source = templates.emit(spec, INTERPRETED)
     run(source, [x.float() if m <= 4 else x, y, *stored, bias], [m])
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
+    rounded = format.kind == "vptq" or getattr(format, "group", 128) < 128  # x times a column's scale, w times a run's
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=(1e-3 if rounded else 2e-6) * float(expected.abs().max()))
     assert len(templates.extents(spec)((m,), 1)) == len(source.pointers)
 
 
@@ -89,7 +90,7 @@ def test_parts_of_k_are_added_in_order() -> None:
     spec = kernel(format, (20,), k, 4, split_k=2)
     y, parts, arrivals = torch.zeros(2, 20), torch.zeros(2 * 2 * 20), torch.zeros(2, dtype=torch.int32)
     run(templates.emit(spec, INTERPRETED), [x, y, *tensors.values(), bias, parts, arrivals], [2])
-    expected = x @ dequantize(format, tensors, 20, k).T
+    expected = x.half().float() @ dequantize(format, tensors, 20, k).T
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
     assert not arrivals.any()
 
@@ -97,8 +98,8 @@ def test_parts_of_k_are_added_in_order() -> None:
 def test_what_has_no_runs() -> None:
     assert vectors(Aqlm(1, 8, 2, 8), 8, 64) == "entries of 2 x 8 weights"
     assert "0 columns with outliers, 2 groups" in str(vectors(Vptq(groups=2), 8, 64))
-    with pytest.raises(Exception, match="more than 32 rows"):
-        linear_codebook.calls(None, 33)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="more than 128 rows"):
+        linear_codebook.calls(None, 129)  # type: ignore[arg-type]
 
 
 def compiled(capability: int, chosen: list[int], most: int) -> None:
@@ -111,8 +112,14 @@ def compiled(capability: int, chosen: list[int], most: int) -> None:
         assert built.launch is not None and built.launch.spills == 0
 
 
-def test_one_compiles() -> None:
-    compiled(90, [0], 4)
+def test_entries_are_multiplied_where_they_were_gathered() -> None:
+    """On tensor cores, with no exchange between threads: a code of eight weights costs few instructions."""
+    place = target("cuda:sm_90")
+    source = templates.emit(kernel(Aqlm(1, 16), (64,), 2048, 4, split_k=4), place)
+    (built,) = toolchain.compile_sources([source], place)
+    assert built.launch is not None and built.launch.spills == 0
+    loop = sass.profile(built.object).main
+    assert loop.tensor_cores and loop.instructions / (64 * 128 / (32 * source.warps)) < 3.0
 
 
 @pytest.mark.full
