@@ -36,6 +36,12 @@ class CompressedTensors(Method):
     Activations are rounded in float32, where the package computes in the model's dtype: for a bfloat16 model single
     codes differ (a layer's output by about 1e-2 of its norm). "token" means each row here; the package takes one scale
     for the whole call where the input has two dimensions only. Sparse layouts and marlin-24 are read into dense ones.
+
+    Transforms that run with the model (`transform_config`: QuIP, SpinQuant's R3 and R4) are computed in float32, whatever
+    their precision; a Hadamard matrix with signs by butterflies, any other matrix as it is stored, which is slow where its
+    blocks are as wide as the model and no power of two. Transforms of queries and keys cancel: where keys are rounded, they
+    are turned back after that, and queries stay as they are (the package also rounds those, where it turns them).
+    transformers 5.23 ignores `transform_config`.
     """
 
     name = "compressed-tensors"
