@@ -6,61 +6,68 @@ with it: how many a kernel spends decides whether memory or the schedulers end f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from qcompile.formats.fragments import SHORTEST
 from qcompile.lowering.triton.tiles import Problem, Schedule
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bounds on a kernel's machine code: instructions a weight in its main loop, bits of a load of weights, spilled bytes."""
+    """Bounds on a kernel's machine code: instructions a weight in its main loop, bits of a load of weights, spilled bytes.
+
+    `short` is what each weight may cost more where a scale is for 16 inputs alone.
+    """
 
     instructions: float
+    short: float = 0.0
     load_bits: int = 128
     tensor_cores: bool = True
     spilled: int = 0
 
 
 BUDGETS: dict[tuple[str, str, int], Budget] = {
-    ("skinny", "int", 2): Budget(3.0),
-    ("skinny", "int", 3): Budget(4.5),
-    ("skinny", "int", 4): Budget(3.5),
-    ("skinny", "int", 8): Budget(4.5),
-    ("skinny", "table", 4): Budget(4.5),
-    ("skinny", "fp", 4): Budget(4.5),
-    ("skinny", "fp", 8): Budget(5.0),
-    ("mid", "int", 2): Budget(4.5),
-    ("mid", "int", 3): Budget(5.5),
-    ("mid", "int", 4): Budget(4.5),
-    ("mid", "int", 8): Budget(5.0),
-    ("mid", "table", 4): Budget(6.5),
-    ("mid", "fp", 4): Budget(5.5),
-    ("mid", "fp", 8): Budget(5.5),
-    ("large", "int", 4): Budget(6.0),
-    ("large", "int", 8): Budget(6.0),
-    ("large", "table", 4): Budget(7.0),
-    ("large", "fp", 4): Budget(7.0),
-    ("large", "fp", 8): Budget(7.0),
+    ("skinny", "int", 2): Budget(2.1),
+    ("skinny", "int", 3): Budget(3.7),
+    ("skinny", "int", 4): Budget(3.0),
+    ("skinny", "int", 8): Budget(2.5),
+    ("skinny", "table", 4): Budget(3.9, short=0.7),
+    ("skinny", "fp", 8): Budget(3.2),
+    ("mid", "int", 2): Budget(4.0),
+    ("mid", "int", 3): Budget(5.3),
+    ("mid", "int", 4): Budget(4.0),
+    ("mid", "int", 8): Budget(3.7),
+    ("mid", "table", 4): Budget(5.9, short=1.7),
+    ("mid", "fp", 8): Budget(4.3),
+    ("large", "int", 2): Budget(4.1),
+    ("large", "int", 3): Budget(5.6),
+    ("large", "int", 4): Budget(4.3),
+    ("large", "int", 8): Budget(4.2),
+    ("large", "table", 4): Budget(6.2, short=2.0),
+    ("large", "fp", 8): Budget(5.8),
     ("int8", "int", 8): Budget(3.0),
     ("fp8", "fp", 8): Budget(3.0),
 }
-"""By (kind, value, bits), on capability 90; older tensor cores take smaller tiles, and spend up to `OLDER` times that."""
+"""By (kind, value, bits). Of more than 32 rows, tensor cores that warps use by themselves, on all capabilities but 9.x and
+10.x, take an instruction for 8 rows of x: those kernels spend up to `ALONE` times that."""
 
-OLDER = 2.0
+ALONE = 1.25
 GENERIC = 14.0  # what plain arithmetic on a weight costs, about
 
 
-def budget(kind: str, value: str, bits: int, capability: int) -> Budget | None:
+def budget(kind: str, value: str, bits: int, capability: int, group: int = 0) -> Budget | None:
     """The bounds of a kernel; None for kinds that have none."""
     found = BUDGETS.get((kind, value, bits))
-    if found is None or capability >= 90:
-        return found
-    return Budget(found.instructions * OLDER, found.load_bits, found.tensor_cores, found.spilled)
+    if found is None:
+        return None
+    most = found.instructions + (found.short if group == SHORTEST else 0.0)
+    alone = kind in ("mid", "large") and capability // 10 not in (9, 10)
+    return replace(found, instructions=most * ALONE if alone else most)
 
 
 def instructions_per_weight(problem: Problem, schedule: Schedule) -> float:
     """What the cost model reckons with: the budget of the kind, or that of plain arithmetic."""
-    found = BUDGETS.get((problem.kind, problem.value, problem.bits))
+    found = budget(problem.kind, problem.value, problem.bits, 90, problem.group)
     base = GENERIC if found is None else found.instructions
     # Each instruction of a tensor core takes 16 rows of x.
     return base + 0.02 * schedule.block_m

@@ -279,7 +279,7 @@ class Text:
 
     def _step(self, u: int, streams: Sequence[_Stream]) -> list[str]:
         """The statements for 128 inputs; the streams agree in where their groups end, or take them at the finer ends."""
-        pieces = max(stream.way.pieces if stream.way.on_sums else self.halves for stream in streams)
+        pieces = max([self.halves, *(stream.way.pieces for stream in streams if stream.way.on_sums)])
         lines = [f"at = (step + {u}) * {INPUTS}" if u else f"at = step * {INPUTS}"]
         for stream in streams:
             lines += stream.weights(u, pieces)
