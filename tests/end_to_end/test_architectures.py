@@ -53,6 +53,7 @@ def test_an_architecture(name: str, method: str) -> None:
     found, expected = q(**given), rounding(model, q)(**given)
     for field in ("logits",) if decoder else found:
         assert tiny.difference(found[field], expected[field]) < bound, field
+    assert target != "cpu" or not q.report.fallbacks  # kernels for every operator
     quantized = [row for row in q.report.weights.values() if row.method == "bitsandbytes"]
     assert quantized and all(bool(row.around) == (method == "int8") for row in quantized)
 

@@ -43,6 +43,7 @@ def test_encoders_and_vision_models(name, config, target):
         assert tiny.difference(found[field], expected[field]) < 5e-6
     dense = {path for path, row in q.report.weights.items() if row.format == "dense"}
     assert bool(q.artifact.weights.keys() - dense) == (config != "float")
+    assert target != "cpu" or not q.report.fallbacks
 
 
 class Mlp(torch.nn.Module):
