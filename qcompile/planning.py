@@ -20,6 +20,7 @@ from qcompile.passes.base import Context
 from qcompile.passes.quantize import Weights
 from qcompile.program import Module, Program
 from qcompile.report import Report, WeightRow, weight_table
+from qcompile.stand_in import StandIns
 from qcompile.target import Target
 from qcompile.target import target as target_of
 
@@ -97,9 +98,10 @@ def plan(
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     backend = backend_for(place)
     ctx = Context(Report(), backend, *(chosen or (None, None)))
+    linears = StandIns(program, place, backend, *(chosen or (None, None)))
     rows, seen = [], dict[tuple[str, str], str]()
     for module, found in survey(program, ctx):
-        row = _row(module, found, program, place, chosen[0].name if chosen else "")
+        row = _row(module, found, linears, chosen[0].name if chosen else "")
         first = seen.setdefault((module.weight, row.format), module.path)
         rows.append(row if first == module.path else replace(row, bytes=0, reason=f"stored once, with {first}"))
     weights = {module.weight for module in program.modules.values()}
@@ -131,9 +133,7 @@ def check(program: Program, ctx: Context) -> None:
         raise first.along_with(others[:SHOWN], len(others))
 
 
-def _row(
-    module: Module, found: Quantized | Skip | QCompileError, program: Program, place: Target, method: str
-) -> PlanRow:
+def _row(module: Module, found: Quantized | Skip | QCompileError, linears: StandIns, method: str) -> PlanRow:
     n, k = module.n * max(module.experts, 1), module.k
     if isinstance(found, QCompileError):
         remedy = f"; {found.remedy}" if found.remedy else ""
@@ -141,18 +141,21 @@ def _row(
         return PlanRow(module.path, method, "", n, k, problem=problem)
     quantized = isinstance(found, Quantized)
     reason = found.note if isinstance(found, Quantized) else found.reason
-    format_ = found.format if isinstance(found, Quantized) else _dense(program, module)
-    layout, why = format_, ""
-    if place.backend != "reference" and module.kind != "Embedding":
-        formed = (lanes_form if place.backend == "cpu" else fragments_form)(format_, n, k)
-        layout, why = (format_, formed) if isinstance(formed, str) else (formed, "")
+    format_ = found.format if isinstance(found, Quantized) else _dense(linears.program, module)
+    layout, why, tier = format_, "", "eager"
+    if linears.target.backend != "reference":
+        if module.kind != "Embedding":
+            formed = (lanes_form if linears.target.backend == "cpu" else fragments_form)(format_, n, k)
+            layout, why = (format_, formed) if isinstance(formed, str) else (formed, "")
+        layout, before = linears.treated(module, found, layout)
+        tier = linears.tier(module, layout, before)
     bits = layout.bits_per_weight(n, k)
     kept = beside(format_, n, k) if layout is not format_ else frozenset()
     more = sum(s.nbytes for s in format_.stored(n, k) if s.name in kept)
-    reason = "; ".join(filter(None, (reason, why)))
+    reason = "; ".join(filter(None, (reason, why if layout is format_ else "")))
     return PlanRow(
         module.path, method if quantized else "none", format_.kind, n, k, layout.kind, bits,
-        math.ceil(bits * n * k / 8) + more, tier=_tier(layout, place), reason=reason,
+        math.ceil(bits * n * k / 8) + more, tier=tier, reason=reason,
     )  # fmt: skip
 
 
@@ -165,9 +168,3 @@ def _dense(program: Program, module: Module) -> Format:
     if info is not None and info.encoding:
         return format_class(f"gguf-{info.encoding}")()
     return Dense(info.dtype if info is not None and info.dtype in ("f16", "bf16") else "f32")
-
-
-def _tier(layout: Format, place: Target) -> str:
-    if place.backend == "reference":
-        return "eager"
-    return "lanes" if layout.kind.startswith(("lanes", "fragments")) else "generic"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qcompile
+from qcompile import compiler
 from qcompile.errors import ConfigError
 from qcompile.methods.index import METHODS
 
@@ -69,6 +70,7 @@ NOT_ON_THE_FLY: dict[str, dict[str, Any]] = {
 }
 FEWER = {"higgs": 2, "nvfp4": 4}  # nvfp4 leaves layers with a bias dense
 NO_CHECKPOINT = ("nvfp4",)
+SKIPS = ("ignore", "exclude", "modules_to_not_convert")  # fields that name layers of the language model
 # One of each way through the CPU kernels; test_conformance.py runs every method there.
 ON_CPU = (
     "compressed-tensors/fp8",
@@ -157,6 +159,28 @@ def test_on_the_fly(model: torch.nn.Module, name: str, tmp_path: Path) -> None:
     for row in rows:
         assert torch.equal(again.weight(row.path), q.weight(row.path)), row.path
     assert distance(again(input_ids=IDS).logits, logits) < 1e-6
+
+
+class Layers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(256, 384, bias=False), torch.nn.Linear(384, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_90"])
+@pytest.mark.parametrize("name", ON_THE_FLY)
+def test_the_plan_is_what_comes(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Format, layout and tier of each weight, without kernels built."""
+    monkeypatch.setattr(compiler, "_build", lambda *_: ({}, None))
+    torch.manual_seed(0)
+    model, config = Layers(), {key: value for key, value in config_of(name).items() if key not in SKIPS}
+    planned = qcompile.plan(model, config, target=target, example_inputs=(torch.zeros(3, 256),))
+    made = qcompile.compile(model, config, target=target, example_inputs=(torch.zeros(3, 256),))
+    rows = {row.path: (row.method, row.format, row.layout, row.tier) for row in made.report.weights.values()}
+    assert {row.path: (row.method, row.format, row.layout, row.tier) for row in planned.rows} == rows
 
 
 @pytest.mark.parametrize("name", NOT_ON_THE_FLY)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import checkpoints
 import pytest
 import tiny_models
 import torch
 from click.testing import CliRunner
 
 import qcompile
+from qcompile import compiler
 from qcompile.cli import main
 from qcompile.errors import ConfigError
 
@@ -19,11 +21,18 @@ HQQ = {"quant_method": "hqq", "nbits": 4, "group_size": 32}
 ILLEGAL = {"quant_method": "awq", "bits": 4, "group_size": 64}
 
 
-@pytest.mark.parametrize("target", ["reference", "cpu"])
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling ends before kernels are built: the plan is about what comes before that."""
+    monkeypatch.setattr(compiler, "_build", lambda *_: ({}, None))
+
+
+@pytest.mark.usefixtures("unbuilt")
+@pytest.mark.parametrize("target", ["reference", "cpu", "cuda:sm_90"])
 @pytest.mark.parametrize(
     "config",
-    [None, HQQ, {"quant_method": "hqq", "nbits": 4, "group_size": 64, "axis": 0}, {"load_in_4bit": True}],
-    ids=["float", "hqq", "hqq axis 0", "bitsandbytes"],
+    [None, HQQ, {"quant_method": "hqq", "nbits": 4, "group_size": 64, "axis": 0}, {"load_in_8bit": True}],
+    ids=["float", "hqq", "hqq axis 0", "int8"],
 )
 def test_a_plan_is_what_comes(config: dict[str, object] | None, target: str) -> None:
     model = tiny_models.decoder("llama-tied")
@@ -47,6 +56,15 @@ def test_a_plan_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     planned = qcompile.plan(tmp_path, HQQ)
     assert len(planned.rows) == 16 and not planned.problems
     assert "│ model.layers.*.mlp.down_proj │ 2 │ 64 x 96 │ hqq │ lanes │" in " ".join(str(planned).split())
+
+
+@checkpoints.parametrize("quark-int8-w8a8")
+def test_what_happens_to_x_is_seen_without_a_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcompile.sources import SafetensorsFolder
+
+    monkeypatch.setattr(SafetensorsFolder, "read", lambda *_: pytest.fail("a tensor was read"))
+    rows = qcompile.plan(folder, target="cuda:sm_90").rows
+    assert {(row.layout, row.tier) for row in rows if row.method == "quark"} == {("native", "native")}
 
 
 def test_every_problem_is_named_before_any_work(tmp_path: Path) -> None:

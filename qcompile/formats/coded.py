@@ -125,15 +125,23 @@ def form_of(format: Format, N: int, K: int, shortest: int) -> dict[str, Any] | s
     group = math.gcd(K, next((size for size in sizes if size), 1))
     if group < shortest:
         return too_short(group, shortest)
-    kind, zero, level = code_kind(terms), terms.zero, None
+    kind = code_kind(terms)
     low, high = interval(terms.code) if kind == "int" else (0, 255)
-    if zero is not None:
-        level = "f16" if zero.dtype == "i32" else zero.dtype
     offset = None if terms.offset is None else terms.offset.dtype
     return {
-        "bits": high.bit_length() + (low < 0), "group": group, "table": terms.table, "zero": level,
+        "bits": high.bit_length() + (low < 0), "group": group, "table": terms.table, "zero": _zero_of(terms, low < 0),
         "scale": terms.scale.dtype, "offset": offset, "code": kind, "rounding": terms.rounding, "factor": terms.factor,
     }  # fmt: skip
+
+
+def _zero_of(terms: Terms, signed: bool) -> float | str | None:
+    """As `_zero_kind`, of zeros that are stored or one number; `signed` codes are stored from 0 on."""
+    if terms.zero is None:
+        return 128.0 if signed else None
+    if terms.zero.dtype != "i32":
+        return terms.zero.dtype
+    low, high = interval(terms.zero)
+    return float(low + 128 * signed) if low == high and terms.table is None else "f16"
 
 
 def too_short(group: int, shortest: int) -> str:

@@ -123,7 +123,7 @@ def fragments_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
 def fragments_form(format: Format, N: int, K: int) -> Format | str:
     """The layout that `fragments_for` gives a weight [N, K], or the reason why it gives none, from the format alone.
 
-    Zeros count as stored and scales as not narrowed; the rest is as in `coded.form_of`.
+    Zeros that may differ count as stored and scales as not narrowed; the rest is as in `coded.form_of`.
     """
     if isinstance(format, Fragments):
         return format

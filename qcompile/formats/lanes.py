@@ -146,7 +146,8 @@ def lanes_for(packed: Packed) -> tuple[Packed, torch.Tensor | None] | str:
 def lanes_form(format: Format, N: int, K: int) -> Format | str:
     """The layout that `lanes_for` gives a weight [N, K], or the reason why it gives none, from the format alone.
 
-    Zeros count as stored; stored groups count as runs of the format's own length. What has no group size at all is refused.
+    As `coded.form_of` counts them: zeros that may differ as stored, stored groups as runs of the format's own length. What
+    has no group size at all is refused.
     """
     if isinstance(format, Lanes | LanesDense):
         return format
