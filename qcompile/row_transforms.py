@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
 from qcompile.transforms.four_over_six import RoundFourOverSix
-from qcompile.transforms.fp_quant import RoundFpQuant
+from qcompile.transforms.fp_quant import GROUP, RoundFpQuant
 from qcompile.transforms.linear import Hadamard, Permute, Rotate, Scale
 from qcompile.transforms.llm_int8 import LlmInt8
 from qcompile.transforms.norm import RmsNorm
@@ -16,7 +16,7 @@ from qcompile.transforms.round_float import RoundFloat, RoundMx, RoundNvfp4
 from qcompile.transforms.round_int import RoundInt
 
 LONGEST = 1 << 15  # inputs of a row: one program holds a row in its registers
-TOGETHER = 128  # neighbours that a kernel mixes which holds few of a row's inputs at once
+TOGETHER = 512  # neighbours that a kernel mixes which holds few of a row's inputs at once
 
 
 def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> str:
@@ -56,20 +56,23 @@ def alone(transforms: Sequence[Transform]) -> str:
     for each in transforms:
         if isinstance(each, LlmInt8) and reads_all_rows(each):
             return f"'{each.kind}' looks for columns with outliers in all rows"
-        size = each.size if isinstance(each, Hadamard) else _group(each)
-        if size > TOGETHER:
-            return f"'{each.kind}' of {size} inputs"
+        if neighbours(each) > TOGETHER:
+            return f"'{each.kind}' of {neighbours(each)} inputs"
     return ""
 
 
-def _group(each: Transform) -> int:
-    """Inputs that share a scale, which their own numbers say; 0: all of a row, or what the numbers say nothing of."""
+def neighbours(each: Transform) -> int:
+    """Inputs side by side that a transform mixes, or that share a scale which follows from them; 1: no fixed number."""
     match each:
         case RoundInt() | RoundFloat():
-            return each.size if each.per == "group" and not each.scale else 0
-        case RoundMx() | RoundNvfp4():
+            return each.size if each.per == "group" and not each.scale else 1
+        case RoundMx() | RoundNvfp4() | Hadamard() | Rotate():
             return each.size
-    return 0
+        case RoundFpQuant():
+            return GROUP[each.dtype]
+        case RoundFourOverSix():
+            return 16
+    return 1
 
 
 def _problem(each: Transform, codes: bool, at: int, k: int) -> str:

@@ -22,7 +22,7 @@ from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
 from qcompile.lowering.triton.transforms import Row, helpers, over
-from qcompile.row_transforms import LONGEST, problem, reads_all_rows
+from qcompile.row_transforms import LONGEST, TOGETHER, neighbours, problem, reads_all_rows
 from qcompile.target import Target
 from qcompile.transform import Transform, transform_from_json
 from qcompile.transforms.linear import Permute
@@ -31,7 +31,7 @@ from qcompile.transforms.round_float import RoundFloat
 from qcompile.transforms.round_int import RoundInt
 
 TEMPLATE = "activation"
-LEAST = 512  # inputs at once, in which all blocks that are rotated have room
+LEAST = TOGETHER  # inputs at once: what depends on neighbours has room
 Out = Literal["codes", "f32", "bf16", "f16"]
 
 
@@ -172,8 +172,12 @@ class Text:
         """The statements that make and store row m."""
         row, part = self._row("m"), self.p.padded // self.parts
         store = self._codes(row) if self.p.out == "codes" else self._rows(row)
-        first = f"tl.program_id(2) * {part}" if self.parts > 1 else "0"
-        return self._walked(row, store, f"{first}, {first} + {part}", self.block)
+        first, last = "0", str(part)
+        if self.parts > 1:
+            first, last = f"tl.program_id(2) * {part}", f"(tl.program_id(2) + 1) * {part}"
+            whole = max((neighbours(each) for each in self.p.steps), default=1)
+            first = f"{first} // {whole} * {whole}" if part % whole else first
+        return self._walked(row, store, f"{first}, {last}", self.block)
 
     def _walked(self, row: Row, lines: Sequence[str], bounds: str, width: int) -> list[str]:
         """The statements of a row, and `lines` with them, over the inputs within `bounds`."""

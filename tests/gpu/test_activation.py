@@ -187,8 +187,8 @@ def test_one_scale_for_all_rows(rounding: Transform, whole: str, zeros: bool) ->
 
 
 def test_a_linear_makes_the_same_rows_itself() -> None:
-    """A row that is walked for its norm, and of which each of two programs then makes one half."""
-    transforms, k, n, m = (Permute(), Hadamard(32), RoundMx(size=32)), 512, 16, 2
+    """A row that is walked for its norm, and of which each of two programs then makes one half, which cuts a rotation."""
+    transforms, k, n, m = (Permute(), Hadamard(256), RoundMx(size=32)), 768, 16, 2
     # Squares that are added in any order to the same sum.
     x, norm = (rows(m, k) * 8).round().clamp(-64, 64) / 8, {"op": "rms_norm", "eps": 1e-6, "offset": 0.0}
     weight, held = torch.rand(k) + 0.5, tensors(transforms, k)

@@ -62,7 +62,7 @@ ROUNDING = {
     "mxfp8": {"quant_method": "mxfp8"},
     "mxfp4 and rotations": {"quant_method": "fp_quant", "forward_dtype": "mxfp4", "hadamard_group_size": 32},
     "nvfp4": {"quant_method": "nvfp4"},
-    "rotations and codebooks": {"quant_method": "higgs", "bits": 4, "p": 2, "hadamard_size": 64, "group_size": 64},
+    "rotations and codebooks": {"quant_method": "higgs", "bits": 4, "p": 2, "hadamard_size": 512},
 }
 
 
