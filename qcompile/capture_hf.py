@@ -85,6 +85,8 @@ def program_of(
     facts.apply(program)
     for name in unexpected(shell, program.ledger.unclaimed()):
         program.ledger.ignore(name, "the architecture has no use for it")
+    for name in _empty_biases(program):
+        program.ledger.ignore(name, "a bias of zeros, which the architecture does not have")
     _check_present(program, quantization is not None)
     return program
 
@@ -148,6 +150,15 @@ class _Facts:
     def apply(self, program: Program) -> None:
         for path, module in program.modules.items():
             program.modules[path] = replace(module, last_parameter=path == self.last)
+
+
+def _empty_biases(program: Program) -> Iterator[str]:
+    """The biases of zeros that old GPTQ checkpoints hold for layers that have none."""
+    unclaimed = set(program.ledger.unclaimed())
+    for module in program.modules.values():
+        name = f"{module.weight.removesuffix('weight')}bias"
+        if module.bias is None and name in unclaimed and not program.source.read(name).any():
+            yield name
 
 
 def _check_present(program: Program, quantized: bool) -> None:
@@ -384,5 +395,7 @@ def _conversions(shell: Any) -> list[Any]:
 def unexpected(shell: Any, names: Sequence[str]) -> list[str]:
     """Those of `names` that are not the architecture's, and of which it says that checkpoints may hold them in vain."""
     patterns = [re.compile(p) for p in getattr(shell, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in shell.named_buffers()):
+        patterns.append(re.compile(r"rotary_emb\.inv_freq"))  # old checkpoints have it in each layer
     own = aliases(shell)
     return [name for name in names if name not in own and any(p.search(name) for p in patterns)]

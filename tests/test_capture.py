@@ -203,6 +203,21 @@ def test_old_names_and_a_missing_prefix(tmp_path):
     assert program.ledger.ignored["transformer.h.0.attn.bias"] == "the architecture has no use for it"
 
 
+def test_what_old_llama_checkpoints_hold_in_vain(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    decoder("llama").save_pretrained(tmp_path)
+    file, layer = tmp_path / "model.safetensors", "model.layers.0.self_attn"
+    biases = {f"{layer}.q_proj.bias": torch.zeros(64), f"{layer}.o_proj.bias": torch.ones(64)}
+    save_file(load_file(file) | biases | {f"{layer}.rotary_emb.inv_freq": torch.ones(8)}, file)
+    ledger = capture(tmp_path).ledger
+    assert ledger.ignored == {
+        f"{layer}.q_proj.bias": "a bias of zeros, which the architecture does not have",
+        f"{layer}.rotary_emb.inv_freq": "the architecture has no use for it",
+    }
+    assert f"{layer}.o_proj.bias" in ledger.unclaimed()  # a bias that says something is an error, later
+
+
 class Mlp(nn.Module):
     """Two layers used twice, a constant, an in-place sum and a tied weight."""
 
