@@ -87,7 +87,7 @@ def registers(problem: Problem, schedule: Schedule) -> int:
     if problem.kind == "generic" and problem.m <= FEW:
         return int(40 + (problem.streams * problem.m + 1) * schedule.block_n * schedule.block_k / threads)
     sums = problem.streams * schedule.block_n * schedule.block_m / threads
-    operands = schedule.block_n * min(schedule.block_k, 64) / threads / 2
+    operands = schedule.block_n * min(schedule.block_k, 128) / threads / 2
     return int(40 + sums + operands)
 
 
@@ -114,7 +114,7 @@ def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
         return f"{schedule.warps} warps share {schedule.block_n} outputs; 16 a warp are the least"
     if kind.decoding and gpu.capability // 10 not in (9, 10) and 2 * schedule.block_m > schedule.block_n:
         return f"{schedule.block_m} rows: warps would share outputs, and decode the same weights"
-    if registers(problem, schedule) > 240:
+    if registers(problem, schedule) > 220:
         return f"about {registers(problem, schedule)} registers a thread"
     if shared_bytes(problem, schedule) > gpu.shared:
         return f"about {shared_bytes(problem, schedule)} bytes of shared memory, {gpu.shared} are the most"
