@@ -350,7 +350,8 @@ class _Stream:
         return [
             *lines,
             f"row{s} = block{s} * {groups * ROWS} + i % 8 * 2 + i % {ROWS} // 8",
-            *[f"pair{s} = block{s} * {groups * ROWS // 2} + i % 8", f"side{s} = i % {ROWS} // 8 * 8"] * bool(self._bytes),
+            *[f"pair{s} = block{s} * {groups * ROWS // 2} + i % 8", f"side{s} = i % {ROWS} // 8 * 8"]
+            * bool(self._bytes),
         ]
 
     @property
