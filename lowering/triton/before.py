@@ -37,14 +37,24 @@ class Before:
     read: tuple[View, ...]
 
 
-def problem(params: activation.Params | None, k: int, most: int) -> str:
-    """Why no linear kernel of K = k for at most `most` rows can do this first; empty when it can."""
+def problem(params: activation.Params | None, k: int, most: int, out: str, padded: int = 0, groups: int = 0) -> str:
+    """Why no linear kernel of K = k for at most `most` rows can do this first; empty when it can.
+
+    It reads rows in the form `out`; "codes" are rows of `padded`, under `groups` scales.
+    """
     if params is None:
         return ""
     if params.k != k or most > FEW:
         return f"rows of {params.k} inputs, at most {most} of them"
-    reads = outside(params, whole=params.whole != "given", most=not params.most)
-    return params.problem() or reads or alone(params.steps)
+    reads = outside(
+        params,
+        whole=params.whole != "given",
+        most=not params.most,
+        out=params.out == out,
+        padded=params.padded == (padded or k),
+    )
+    found = params.problem() or reads or alone(params.steps)
+    return found or (f"{params.groups} scales of a row" if groups and params.groups != groups else "")
 
 
 def extents(params: activation.Params | None, m: int) -> list[Extent]:
@@ -72,11 +82,17 @@ def joined(source: Source, params: dict[str, Any] | None, results: Sequence[str]
     given = [*(f"own_{name}" for name in own), *results]
     entry = f"rows_and_{source.entry}"
     made = _MODULE.format(
-        source=source.text.strip(), helpers=helpers(lines), about=as_docstring(text.summary()),
+        source=source.text.strip(),
+        helpers=helpers(lines),
+        about=as_docstring(text.summary()),
         row=", ".join([*own, *(name for name, _ in text.written())]),
-        lines="\n".join(f"    {line}" for line in lines), entry=entry, linear=source.entry, arguments=arguments,
-        given=", ".join(given), own=", ".join(given[: len(own)]),
-    )  # fmt: skip
+        lines="\n".join(f"    {line}" for line in lines),
+        entry=entry,
+        linear=source.entry,
+        arguments=arguments,
+        given=", ".join(given),
+        own=", ".join(given[: len(own)]),
+    )
     types = (*source.pointers, *(dtype for _, dtype in text.read()))
     # A product and a sum as one operation would round otherwise than the method does.
     return replace(source, text=made, entry=entry, pointers=types, fusion=False)

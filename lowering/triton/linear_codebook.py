@@ -94,7 +94,7 @@ class Params(LinearParams):
                 "",
             )
             or _cut(self.shape)
-            or before.problem(self.before, self.k, self.most)
+            or before.problem(self.before, self.k, self.most, self.x)
         )
 
 

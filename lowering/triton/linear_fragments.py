@@ -68,7 +68,7 @@ class Params(LinearParams):
                 prologue=self.prologue is None or self.most <= FEW,
             )
             or super().problem()
-            or before.problem(self.before, self.k, self.most)
+            or before.problem(self.before, self.k, self.most, self.x)
             or next(
                 (text for f, n in zip(self.parts, self.rows, strict=True) if (text := refusal(f, n, self.shape))), ""
             )

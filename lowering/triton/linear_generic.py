@@ -65,7 +65,7 @@ class Params(LinearParams):
                 prologue=self.prologue is None or self.most <= FEW,
             )
             or super().problem()
-            or before.problem(self.before, self.k, self.most)
+            or before.problem(self.before, self.k, self.most, self.x)
         )
 
 

@@ -81,7 +81,9 @@ class Params(LinearParams):
             split_k=self.split_k == 1 or _splits(self.k, sizes[0], self.split_k),
             outliers=not self.outliers or layout.code == "int",
             prologue=self.prologue is None,
-        ) or before.problem(self.before, self.k, self.most or OPEN)
+        ) or before.problem(
+            self.before, self.k, self.most or OPEN, "codes", layout.padded(self.k), self.k // (self.group or self.k)
+        )
 
 
 def _splits(k: int, segment: int, split_k: int) -> bool:

@@ -13,6 +13,7 @@ from gpu.interpret import run
 import qcompile
 from qcompile.artifact import KernelSpec
 from qcompile.dtypes import DTYPES
+from qcompile.errors import ArtifactError
 from qcompile.evaluate import dequantize
 from qcompile.format import Format, Packed
 from qcompile.formats.bitnet import Ternary
@@ -187,6 +188,9 @@ def test_a_kernel_that_rounds_x_itself_gives_the_same_bits(
         made.append((codes, scales, y))
     for apart, inside in zip(*made, strict=True):
         assert torch.equal(apart, inside)
+    longer = spec("linear-native", linear.params | {"before": activation.params | {"padded": padded + 1}})
+    with pytest.raises(ArtifactError, match="padded"):
+        templates.extents(longer)
     assert len(templates.extents(both)((rows,), 1)) == len(sources[2].pointers)
 
 
