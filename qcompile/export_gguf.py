@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.capture_gguf import FAMILIES, TOKENS, Family, arrange, config_of
+from qcompile.capture.gguf import FAMILIES, TOKENS, Family, arrange, config_of
 from qcompile.errors import ConfigError
 from qcompile.gguf_file import GgufFile
 

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcompile.capture import weight_modules
+from qcompile.capture.module import weight_modules
 from qcompile.errors import ConfigError
 from qcompile.format import Packed
 from qcompile.methods.base import Skip

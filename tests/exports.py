@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile import capture, capture_hf
+from qcompile.capture import huggingface, module
 
 _MADE: dict[str, ExportedProgram] = {}
-_EXPORT = capture.export
+_EXPORT = module.export
 
 
 def install() -> None:
-    capture_hf.export = _once  # type: ignore[attr-defined]
+    huggingface.export = _once  # type: ignore[attr-defined]
 
 
 def forget() -> None:
@@ -26,7 +26,7 @@ def forget() -> None:
 
 
 def _once(model: nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
-    """As `qcompile.capture.export`; a transformers model is traced again where anything differs that tracing sees."""
+    """As `qcompile.capture.module.export`; a transformers model is traced again where anything differs that tracing sees."""
     key = _key(model, args, kwargs, dynamic_shapes)
     if key not in _MADE:
         _MADE[key] = _EXPORT(model, args, kwargs, dynamic_shapes)
@@ -36,9 +36,9 @@ def _once(model: nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: 
 def _key(model: nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> str:
     """A digest of the model's config, modules and tensors (names, sizes, sharing; values where there are any) and of the
     inputs' sizes."""
-    inner: Any = model.model if isinstance(model, capture_hf.CausalLanguageModel) else model
+    inner: Any = model.model if isinstance(model, huggingface.CausalLanguageModel) else model
     hashed = hashlib.sha256()
-    settings = (inner.config.to_dict(), inner.config._attn_implementation, dynamic_shapes, capture.aliases(model))
+    settings = (inner.config.to_dict(), inner.config._attn_implementation, dynamic_shapes, module.aliases(model))
     for part in (type(model), type(inner), model, *settings):
         hashed.update(repr(part).encode())
     for tensor in [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]:

@@ -295,7 +295,7 @@ def test_capture_is_deterministic(tmp_path):
 def test_a_large_architecture_takes_no_memory():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qcompile.capture_hf import instantiate
+    from qcompile.capture.huggingface import instantiate
 
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, vocab_size=1000)
     model = instantiate(LlamaForCausalLM, config)

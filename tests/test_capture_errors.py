@@ -13,8 +13,8 @@ from tiny_models import decoder
 from torch import nn
 from torch.export import Dim
 
-from qcompile.attention_hf import CausalMask, read_mask
 from qcompile.capture import capture
+from qcompile.capture.attention import CausalMask, read_mask
 from qcompile.errors import CaptureError, CheckpointError, ConfigError, QCompileError
 
 

@@ -14,7 +14,7 @@ from test_capture import check_decoder
 from tiny_models import decoder
 
 from qcompile.capture import capture
-from qcompile.capture_gguf import FAMILIES
+from qcompile.capture.gguf import FAMILIES
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.gguf_file import BLOCKS, GgufFile
 from qcompile.sources import TensorInfo

@@ -14,7 +14,7 @@ from checkpoints import config as model_config
 from checkpoints import parametrize, reference
 from in_memory import InMemory, linear
 
-from qcompile.capture import weight_modules
+from qcompile.capture.module import weight_modules
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.evaluate import dequantize
 from qcompile.formats.tables import entries

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.export import Dim, export
 
-from qcompile.capture import aliases, weight_modules
+from qcompile.capture.flatten import flatten
+from qcompile.capture.module import aliases, weight_modules
 from qcompile.dtypes import NAMES
-from qcompile.flatten import flatten
 from qcompile.passes.base import Context, Pass, check, run_pipeline
 from qcompile.program import Input, Program
 from qcompile.report import Report

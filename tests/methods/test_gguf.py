@@ -13,7 +13,7 @@ from stored_modules import value
 from torch import nn
 
 import qcompile
-from qcompile.capture_gguf import FAMILIES
+from qcompile.capture.gguf import FAMILIES
 from qcompile.errors import ConfigError
 from qcompile.format import FORMATS, format_class
 from qcompile.methods.base import Quantized, Skip

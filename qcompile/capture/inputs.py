@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from qcompile.capture import MOST
+from qcompile.capture.module import MOST
 from qcompile.errors import CaptureError
 
 MAX_BATCH = 65_536

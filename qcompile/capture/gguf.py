@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qcompile.capture_hf import architecture, instantiate, program_of
+from qcompile.capture.huggingface import architecture, instantiate, program_of
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.gguf_file import GgufFile
 from qcompile.program import Program

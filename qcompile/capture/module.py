@@ -1,15 +1,13 @@
-"""From a model to a Program: torch.export of the float architecture, with no weight in memory."""
+"""Capture of any nn.Module: a copy without weights is exported; what becomes of the graph, its inputs, outputs and tensors."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import os
-import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -19,78 +17,17 @@ from torch import nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from qcompile import ops  # noqa: F401  (the operators must exist before a graph can hold them)
+from qcompile.capture.experts import expert_modules
+from qcompile.capture.flatten import flatten
 from qcompile.dims import Dim
 from qcompile.dtypes import NAMES
-from qcompile.errors import CaptureError, CheckpointError, ConfigError, QCompileError
-from qcompile.experts_hf import expert_modules
-from qcompile.flatten import flatten
+from qcompile.errors import CaptureError, QCompileError
 from qcompile.methods.skip import matches
 from qcompile.program import Input, Module, Program
 from qcompile.report import Report
 from qcompile.sources import Ledger, ModuleState, TensorSource, dtype_name
 
 MOST = 2**31 - 1
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def capture(
-    model: nn.Module | str | os.PathLike[str],
-    *,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-) -> Program:
-    """The graph of `model` in float32, and where its tensors come from.
-
-    `model` is a module, a transformers model, a folder with config.json and safetensors, the id of one on the Hub, or a
-    .gguf file. `example_inputs` (positional or by name) and `dynamic_shapes` (as in torch.export; the names of its Dims
-    become the names of the sizes) are needed for modules that are not transformers models; without `dynamic_shapes`
-    every size is fixed. Causal language models take `input_ids` and `position_ids` [b, s] and `keep` [t], the positions
-    whose logits [b, t, vocabulary] are wanted. The model is not changed, and code beside a checkpoint never runs.
-    Errors: CaptureError when the model cannot be exported, CheckpointError when its files are damaged or incomplete.
-    """
-    if isinstance(model, nn.Module):
-        if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
-            from qcompile.capture_hf import capture_model
-
-            return capture_model(model, example_inputs, dynamic_shapes)
-        if example_inputs is not None:
-            return capture_module(model, example_inputs, dynamic_shapes)
-        raise ConfigError(
-            "example_inputs are needed to export a module",
-            where=type(model).__name__,
-            remedy="pass example_inputs=(tensor, ...) and dynamic_shapes, as for torch.export",
-        )
-    if not isinstance(model, str | os.PathLike):
-        expected = "an nn.Module, a folder, a .gguf file, or the id of a model on the Hub"
-        raise ConfigError("this is not a model", found=type(model).__name__, expected=expected)
-    if example_inputs is not None or dynamic_shapes is not None:
-        remedy = "leave them out: the inputs of a checkpoint's architecture are known"
-        raise ConfigError("example_inputs and dynamic_shapes are for modules", where=str(model), remedy=remedy)
-    path = Path(model)
-    if path.suffix == ".gguf":
-        from qcompile.capture_gguf import capture_gguf
-
-        return capture_gguf(path)
-    from qcompile.capture_hf import capture_folder
-
-    return capture_folder(path if str(model) and path.is_dir() else _from_hub(str(model)))
-
-
-def _from_hub(name: str) -> Path:
-    if not _HUB_ID.fullmatch(name):
-        expected = "a folder, a .gguf file, or the id of a model on the Hub"
-        raise CheckpointError("there is no such model", found=name, expected=expected)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:
-        raise CheckpointError(
-            "the model is no folder here and cannot be downloaded",
-            where=name,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__,
-            remedy="check the name and the network, or pass the path of a folder",
-        ) from error
 
 
 def _graph_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from qcompile.attention_hf import IMPLEMENTATION, register
-from qcompile.capture import aliases, export, from_examples, hollow_or_error, make_program
+from qcompile.capture.attention import IMPLEMENTATION, register
+from qcompile.capture.experts import use as use_experts
+from qcompile.capture.inputs import MAX_BATCH, positions, usual_inputs, without_cache
+from qcompile.capture.module import aliases, export, from_examples, hollow_or_error, make_program
 from qcompile.errors import CaptureError, CheckpointError
-from qcompile.experts_hf import use as use_experts
 from qcompile.experts_source import per_expert
-from qcompile.inputs_hf import MAX_BATCH, positions, usual_inputs, without_cache
 from qcompile.program import Program
 from qcompile.sources import ModuleState, Renamed, SafetensorsFolder, TensorSource
 
