@@ -39,7 +39,7 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("mid", "int", 8): Budget(4.2),
     ("mid", "table", 4): Budget(5.9, short=1.7),
     ("mid", "fp", 8): Budget(4.6),
-    ("large", "int", 2): Budget(4.1),
+    ("large", "int", 2): Budget(4.3),
     ("large", "int", 3): Budget(5.6),
     ("large", "int", 4): Budget(4.3),
     ("large", "int", 8): Budget(4.2),
@@ -48,10 +48,10 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("int8", "int", 8): Budget(3.0),
     ("fp8", "fp", 8): Budget(3.0),
 }
-"""By (kind, value, bits). Of more than 32 rows, tensor cores that warps use by themselves, on all capabilities but 9.x and
-10.x, take an instruction for 8 rows of x: those kernels spend up to `ALONE` times that."""
+"""By (kind, value, bits), on capability 9.0. On others, kernels of more than 32 rows spend up to `OTHERS` times that: tensor
+cores take an instruction for 8 rows of x, or, from 10.0 on, read weights from a memory of their own."""
 
-ALONE = 1.25
+OTHERS = 1.25
 GENERIC = 14.0  # what plain arithmetic on a weight costs, about
 
 
@@ -61,8 +61,8 @@ def budget(kind: str, value: str, bits: int, capability: int, group: int = 0) ->
     if found is None:
         return None
     most = found.instructions + (found.short if group == SHORTEST else 0.0)
-    alone = kind in ("mid", "large") and capability // 10 not in (9, 10)
-    return replace(found, instructions=most * ALONE if alone else most)
+    other = kind in ("mid", "large") and capability // 10 != 9
+    return replace(found, instructions=most * OTHERS if other else most)
 
 
 def instructions_per_weight(problem: Problem, schedule: Schedule) -> float:

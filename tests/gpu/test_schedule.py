@@ -9,7 +9,7 @@ import pytest
 
 from qcompile.errors import ConfigError
 from qcompile.lowering.triton import cost, tables, toolchain
-from qcompile.lowering.triton.budgets import ALONE, BUDGETS, budget
+from qcompile.lowering.triton.budgets import BUDGETS, OTHERS, budget
 from qcompile.lowering.triton.devices import DEVICES, device
 from qcompile.lowering.triton.schedule import BUCKETS, OPEN, choose, split, using
 from qcompile.lowering.triton.tables import Entry, Table
@@ -177,13 +177,13 @@ def test_a_table_that_cannot_be_read_is_a_config_error(tmp_path):
         tables.read(tmp_path / "text.json")
 
 
-def test_budgets_are_for_kinds_that_exist_and_looser_where_warps_have_their_own_tensor_cores():
+def test_budgets_are_for_kinds_that_exist_and_looser_beside_capability_9():
     assert all(kind in KINDS for kind, _, _ in BUDGETS)
     assert budget("skinny", "int", 4, 90).instructions <= 3.5
     assert budget("skinny", "table", 4, 90).instructions <= 4.5
     assert budget("skinny", "fp", 8, 90).instructions <= 5
     assert budget("skinny", "int", 4, 80) == budget("skinny", "int", 4, 90) == budget("skinny", "int", 4, 90, 128)
-    assert budget("mid", "int", 4, 80).instructions == ALONE * budget("mid", "int", 4, 100).instructions
+    assert budget("mid", "int", 4, 80).instructions == OTHERS * budget("mid", "int", 4, 90).instructions
     assert budget("skinny", "table", 4, 90).instructions < budget("skinny", "table", 4, 90, 16).instructions <= 5
     assert budget("generic", "int", 4, 90) is None
 
