@@ -39,7 +39,7 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("mid", "int", 8): Budget(4.2),
     ("mid", "table", 4): Budget(5.9, short=1.7),
     ("mid", "fp", 8): Budget(4.6),
-    ("large", "int", 2): Budget(4.3),
+    ("large", "int", 2): Budget(4.7),
     ("large", "int", 3): Budget(5.6),
     ("large", "int", 4): Budget(4.3),
     ("large", "int", 8): Budget(4.2),
