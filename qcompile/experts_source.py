@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import TensorInfo, TensorSource, missing
+from qcompile.sources import TensorInfo, TensorSource, Wrapper, missing
 
 FLOATS = ("f32", "f16", "bf16")
 _ONE_OF_MANY = re.compile(r"(?P<layer>.+\.(?P<expert>\d+)\.[^.]+)\.")
 
 
-@dataclass
-class PerExpert:
+@dataclass(frozen=True)
+class PerExpert(Wrapper):
     """A source in which tensors that hold all experts stand for those of single experts.
 
     `merged` maps a tensor [E, N, K] to the source's tensors that make it up, for each expert those that lie one below
@@ -25,13 +26,13 @@ class PerExpert:
     their layers in the same order; their tensors keep their names.
     """
 
-    source: TensorSource
     merged: Mapping[str, tuple[tuple[str, ...], ...]]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
         inside = {name for experts in self.merged.values() for names in experts for name in names}
-        self._names = (*(name for name in self.source.names() if name not in inside), *self.merged)
+        return (*(name for name in self.source.names() if name not in inside), *self.merged)
 
     def names(self) -> tuple[str, ...]:
         return self._names
@@ -67,15 +68,6 @@ class PerExpert:
         if name not in self._names:
             raise missing(name, self)
         return self.source
-
-    def header(self) -> Mapping[str, str]:
-        return self.source.header()
-
-    def sidecar(self, name: str) -> dict[str, Any] | None:
-        return self.source.sidecar(name)
-
-    def describe(self) -> str:
-        return self.source.describe()
 
 
 def per_expert(source: TensorSource, shell: Any) -> TensorSource:

@@ -307,26 +307,20 @@ class ModuleState:
         return f"the module {type(self.module).__name__}"
 
 
-@dataclass
-class Renamed:
-    """A source whose tensors go by other names: `to` maps each new name to the name in `source`."""
+@dataclass(frozen=True)
+class Wrapper:
+    """A source seen in another way: what a subclass does not change is as `source` has it."""
 
     source: TensorSource
-    to: dict[str, str]
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self.to)
-
-    def _old(self, name: str) -> str:
-        if name not in self.to:
-            raise missing(name, self)
-        return self.to[name]
+        return self.source.names()
 
     def info(self, name: str) -> TensorInfo:
-        return self.source.info(self._old(name))
+        return self.source.info(name)
 
     def read(self, name: str) -> torch.Tensor:
-        return self.source.read(self._old(name))
+        return self.source.read(name)
 
     def header(self) -> Mapping[str, str]:
         return self.source.header()
@@ -336,6 +330,28 @@ class Renamed:
 
     def describe(self) -> str:
         return self.source.describe()
+
+
+@dataclass(frozen=True)
+class Renamed(Wrapper):
+    """A source whose tensors go by other names: `to` maps each new name to the name in `source`."""
+
+    to: dict[str, str]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.to)
+
+    def info(self, name: str) -> TensorInfo:
+        return self.source.info(self.old(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.source.read(self.old(name))
+
+    def old(self, name: str) -> str:
+        """The name in `source`; an error that lists similar names where there is none."""
+        if name not in self.to:
+            raise missing(name, self)
+        return self.to[name]
 
 
 def unmap(source: TensorSource) -> None:

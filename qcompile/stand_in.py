@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +22,7 @@ from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.ops import LinearSpec, Part
 from qcompile.program import Input, Module, Program, WeightRecord
 from qcompile.report import Report, WeightRow
-from qcompile.sources import Ledger, TensorInfo, TensorSource
+from qcompile.sources import Ledger, Wrapper
 from qcompile.target import Target
 from qcompile.transform import Transform
 
@@ -31,31 +30,13 @@ qc = torch.ops.qcompile
 ROWS = 128  # of a weight that is quantized to see what the method does
 
 
-@dataclass(frozen=True)
-class Blank:
+class Blank(Wrapper):
     """A source of tensors as the headers of another say, of which nothing is read: floats are 1, whole numbers 0."""
-
-    source: TensorSource
-
-    def names(self) -> tuple[str, ...]:
-        return self.source.names()
-
-    def info(self, name: str) -> TensorInfo:
-        return self.source.info(name)
 
     def read(self, name: str) -> torch.Tensor:
         info = self.info(name)
         dtype = DTYPES.get(info.dtype, torch.float64)
         return torch.full(info.shape, float(dtype.is_floating_point)).to(dtype)
-
-    def header(self) -> Mapping[str, str]:
-        return self.source.header()
-
-    def sidecar(self, name: str) -> dict[str, Any] | None:
-        return self.source.sidecar(name)
-
-    def describe(self) -> str:
-        return self.source.describe()
 
 
 @dataclass

@@ -14,7 +14,7 @@ from qcompile.capture.huggingface import architecture, instantiate, program_of
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.gguf_file import GgufFile
 from qcompile.program import Program
-from qcompile.sources import TensorInfo, missing
+from qcompile.sources import Renamed, TensorInfo
 
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -93,45 +93,26 @@ FAMILIES = {
 }
 
 
-@dataclass
-class Arranged:
+@dataclass(frozen=True)
+class Arranged(Renamed):
     """A GGUF file under transformers' names. `heads` says how many heads' rows to put in order, by tensor name.
 
     A tensor in blocks is always u8 [N, bytes of a row]; rows change places whole.
     """
 
-    file: GgufFile
-    to: dict[str, str]
     heads: dict[str, int]
     transposed: frozenset[str]
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.to)
-
-    def _old(self, name: str) -> str:
-        if name not in self.to:
-            raise missing(name, self)
-        return self.to[name]
-
     def info(self, name: str) -> TensorInfo:
-        info = self.file.info(self._old(name))
+        info = super().info(name)
         flip = name in self.transposed and not info.encoding
         return TensorInfo(info.dtype, info.shape[::-1], info.encoding) if flip else info
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self.file.read(self._old(name))
+        tensor = super().read(name)
         if name in self.heads:
             tensor = tensor.reshape(self.heads[name], -1, 2, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
         return tensor.t() if name in self.transposed and not self.info(name).encoding else tensor
-
-    def header(self) -> dict[str, str]:
-        return self.file.header()
-
-    def sidecar(self, name: str) -> dict[str, Any] | None:
-        return self.file.sidecar(name)
-
-    def describe(self) -> str:
-        return self.file.describe()
 
 
 def _family(file: GgufFile) -> Family:
