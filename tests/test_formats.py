@@ -154,7 +154,7 @@ def test_what_is_not_a_format_is_refused_with_its_reason() -> None:
         format_from_json({"kind": "gptq", "group_size": 32})
     assert str(error.value) == (
         "format 'gptq' has no parameter 'group_size', did you mean 'group'?\n"
-        "  expected: bits, group, v1, indirect, planar, scale, by_field"
+        "  expected: bits, group, v1, indirect, planar, scale, by_field, word"
     )
     with pytest.raises(ArtifactError) as error:
         format_from_json({"kind": "gptq", "bits": "4"})
