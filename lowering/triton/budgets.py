@@ -31,7 +31,7 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("skinny", "int", 3): Budget(3.7),
     ("skinny", "int", 4): Budget(3.0),
     ("skinny", "int", 8): Budget(2.5),
-    ("skinny", "table", 4): Budget(3.9, short=0.7),
+    ("skinny", "table", 4): Budget(3.9, short=0.8),
     ("skinny", "fp", 8): Budget(3.2),
     ("mid", "int", 2): Budget(4.0),
     ("mid", "int", 3): Budget(5.3),
