@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.methods import stored
 from qcompile.methods.compressed_tensors_args import ONLINE, Place, Rotation
@@ -48,24 +46,12 @@ class Turn:
         name = self.names["weight"]
         matrix = stored.finite(source.read(name), name, self.group).double()
         if "perm" in self.names:
-            order = self._order(source)
+            name = self.names["perm"]
+            order = stored.each_once(source.read(name).long(), self.size, "row", f"{name} (transform {self.group!r})")
             matrix = matrix[order][:, order]
         if self.rotation.type != "random-matrix":  # entries 1 and -1; the inverse is the transposed
             matrix = (matrix.t() if self.inverse else matrix) / self.size**0.5
         return by_matrix(matrix, width)
-
-    def _order(self, source: TensorSource) -> torch.Tensor:
-        name = self.names["perm"]
-        order = source.read(name).long()
-        if not torch.equal(order.sort().values, torch.arange(self.size)):
-            raise CheckpointError(
-                "a stored order does not name each row once",
-                where=f"{name} (transform {self.group!r})",
-                found=f"{order.numel()} numbers, {int(order.min())} to {int(order.max())}",
-                expected=f"each of 0 to {self.size - 1}",
-                remedy="the file is damaged",
-            )
-        return order
 
 
 def of_module(config: CompressedTensorsConfig, module: Module, location: str, source: TensorSource) -> tuple[Turn, ...]:

@@ -143,12 +143,17 @@ def usable(weight: torch.Tensor, module: Module) -> torch.Tensor:
 
 def permutation(order: torch.Tensor, name: str, module: Module) -> torch.Tensor:
     """The order of a module's inputs, i64 [K]; CheckpointError unless it names each of them once."""
-    if not torch.equal(order.sort().values, torch.arange(module.k)):
+    return each_once(order, module.k, "input", f"{name} (module {module.path})")
+
+
+def each_once(order: torch.Tensor, count: int, what: str, where: str) -> torch.Tensor:
+    """`order` itself; CheckpointError unless it names each of `count` inputs, rows ... (`what`) once."""
+    if not torch.equal(order.sort().values, torch.arange(count)):
         raise CheckpointError(
-            "a stored order does not name each input once",
-            where=f"{name} (module {module.path})",
-            found=f"{len(set(order.tolist()))} inputs, {int(order.min())} to {int(order.max())}",
-            expected=f"{module.k} inputs, 0 to {module.k - 1}",
+            f"a stored order does not name each {what} once",
+            where=where,
+            found=f"{len(set(order.tolist()))} {what}s, {int(order.min())} to {int(order.max())}",
+            expected=f"{count} {what}s, 0 to {count - 1}",
             remedy="the file is damaged, or belongs to another architecture",
         )
     return order
