@@ -13,7 +13,8 @@ from qcompile.formats.fragments import ROWS, Fragments
 from qcompile.lowering.base import Refuse
 from qcompile.lowering.extents import numbers, outside, require
 from qcompile.lowering.triton import before, prologue, schedule, split
-from qcompile.lowering.triton.fragment_text import FEW, MID, SKINNY, Text, Way
+from qcompile.lowering.triton.fragment_text import Text
+from qcompile.lowering.triton.fragment_way import FEW, MID, SKINNY, Way
 from qcompile.lowering.triton.linear import Request, Shape
 from qcompile.lowering.triton.linear_params import LinearParams, problem_of
 from qcompile.lowering.triton.source import Source

@@ -12,7 +12,7 @@ from qcompile.formats.minifloat import E2M1
 from qcompile.formats.tables import NF4
 from qcompile.lowering.triton import sass, templates
 from qcompile.lowering.triton.budgets import budget
-from qcompile.lowering.triton.fragment_text import value_of
+from qcompile.lowering.triton.fragment_way import value_of
 from qcompile.lowering.triton.linear import Shape
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.toolchain import SHARED, compile_sources
