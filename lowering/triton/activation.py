@@ -21,7 +21,8 @@ from qcompile.lowering.extents import numbers, outside
 from qcompile.lowering.linear_steps import Norm
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import cast, module
-from qcompile.lowering.triton.transforms import Row, helpers, over
+from qcompile.lowering.triton.transform_functions import functions
+from qcompile.lowering.triton.transforms import Row, over
 from qcompile.row_transforms import LONGEST, TOGETHER, neighbours, problem, reads_all_rows
 from qcompile.target import Target
 from qcompile.transform import Transform, transform_from_json
@@ -152,7 +153,7 @@ class Text:
         lines = ["m = tl.program_id(0).to(tl.int64)", *self.all_rows(), *self.row()]
         about = f"{self.summary()}\n\nOne program a row of {p.k} inputs."
         names = [name for name, _ in arguments]
-        text = module("activation", about, names, 1, "\n".join(lines), self.target, helpers(lines))
+        text = module("activation", about, names, 1, "\n".join(lines), self.target, functions("\n".join(lines)))
         warps = min(max(self.block // 1024, 1), 16)
         warps = 1 << (warps - 1).bit_length()
         return Source(

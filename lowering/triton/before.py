@@ -18,7 +18,7 @@ from qcompile.lowering.extents import outside
 from qcompile.lowering.triton import activation
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import as_docstring
-from qcompile.lowering.triton.transforms import helpers
+from qcompile.lowering.triton.transform_functions import functions
 from qcompile.row_transforms import alone
 from qcompile.target import Target
 
@@ -83,7 +83,7 @@ def joined(source: Source, params: dict[str, Any] | None, results: Sequence[str]
     entry = f"rows_and_{source.entry}"
     made = _MODULE.format(
         source=source.text.strip(),
-        helpers=helpers(lines),
+        helpers=functions("\n".join(lines)),
         about=as_docstring(text.summary()),
         row=", ".join([*own, *(name for name, _ in text.written())]),
         lines="\n".join(f"    {line}" for line in lines),

@@ -6,7 +6,7 @@ softplus within 3e-7 relative, power within 1 unit (it computes in f64). NaN giv
 
 from __future__ import annotations
 
-import re
+from qcompile.lowering.triton.text import called, named
 
 _FUNCTIONS = '''
 @triton.jit
@@ -205,17 +205,10 @@ def f32_to_f8e5m2(x):
     return f32_to_f8(x, 2, 15, 128.0, 65536.0, 0x7C, 0x7F)
 '''
 
-FUNCTIONS: dict[str, str] = {
-    match["name"]: match.group().strip()
-    for match in re.finditer(r"@triton\.jit\ndef (?P<name>\w+)\(.*?(?=\n@triton\.jit|\Z)", _FUNCTIONS, re.DOTALL)
-}
+FUNCTIONS = named(_FUNCTIONS)
 """Name -> text. A function calls only those before it."""
 
 
 def functions(body: str) -> str:
     """The texts of all functions that `body` calls, and of those that they call."""
-    wanted: list[str] = []
-    for name in reversed(FUNCTIONS):
-        if re.search(rf"(?<![\w.]){name}\(", "\n".join([body, *wanted])):
-            wanted.insert(0, FUNCTIONS[name])
-    return "\n\n\n".join(wanted)
+    return called(FUNCTIONS, body)

@@ -9,52 +9,45 @@ from qcompile.formats.stream import planes
 from qcompile.lowering.triton import text
 from qcompile.lowering.triton.decode import ELEMENTS, SLOTS
 from qcompile.lowering.triton.fragment_way import SKINNY
+from qcompile.lowering.triton.text import named
 
 if TYPE_CHECKING:
     from qcompile.lowering.triton.fragment_text import Text
 
-_COLUMNS = {
-    8: """
-@triton.jit
-def columns8(p0, p1, p2, p3, p4, p5, p6, p7):
-    \"\"\"The slots of 16 inputs beside each other, [BN, 128].\"\"\"
-    even, odd = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
-    return tl.join(even, odd).permute(0, 2, 3, 4, 1).reshape(p0.shape[0], 128)
-""",
-    4: """
-@triton.jit
-def columns4(p0, p1, p2, p3):
-    \"\"\"The slots of 16 inputs beside each other, [BN, 64].\"\"\"
-    return tl.join(tl.join(p0, p2), tl.join(p1, p3)).permute(0, 2, 3, 1).reshape(p0.shape[0], 64)
-""",
-    2: """
-@triton.jit
-def columns2(p0, p1):
-    \"\"\"The slots of 16 inputs beside each other, [BN, 32].\"\"\"
-    return tl.join(p0, p1).permute(0, 2, 1).reshape(p0.shape[0], 32)
-""",
-}
-
-_THREADS = """
+_FUNCTIONS = '''
 @triton.jit
 def by_columns(c):
-    \"\"\"Elements [BN, 16] in memory's order, by thread, as a product of matrices has them: by eight inputs first.\"\"\"
+    """Elements [BN, 16] in memory's order, by thread, as a product of matrices has them: by eight inputs first."""
     return c.reshape(c.shape[0], 4, 2, 2).permute(0, 2, 1, 3).reshape(c.shape[0], 16)
-"""
 
 
-_BYTES = """
 @triton.jit
 def by_bytes(c):
-    \"\"\"Elements [BN, 8] of two bytes as [BN, 16] whose low bytes these are.\"\"\"
+    """Elements [BN, 8] of two bytes as [BN, 16] whose low bytes these are."""
     return tl.join(c, c >> 8).reshape(c.shape[0], 16)
-"""
 
 
-def moves(body: str) -> list[str]:
-    """The functions that put words and operands in order, as far as `body` calls them."""
-    joins = [made for count, made in _COLUMNS.items() if f"columns{count}(" in body]
-    return [_THREADS, *[_BYTES] * ("by_bytes(" in body), *joins]
+@triton.jit
+def columns8(p0, p1, p2, p3, p4, p5, p6, p7):
+    """The slots of 16 inputs beside each other, [BN, 128]."""
+    even, odd = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    return tl.join(even, odd).permute(0, 2, 3, 4, 1).reshape(p0.shape[0], 128)
+
+
+@triton.jit
+def columns4(p0, p1, p2, p3):
+    """The slots of 16 inputs beside each other, [BN, 64]."""
+    return tl.join(tl.join(p0, p2), tl.join(p1, p3)).permute(0, 2, 3, 1).reshape(p0.shape[0], 64)
+
+
+@triton.jit
+def columns2(p0, p1):
+    """The slots of 16 inputs beside each other, [BN, 32]."""
+    return tl.join(p0, p1).permute(0, 2, 1).reshape(p0.shape[0], 32)
+'''
+
+FUNCTIONS = named(_FUNCTIONS)
+"""What puts words and operands in order."""
 
 
 class Stream:

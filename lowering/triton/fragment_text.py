@@ -15,7 +15,7 @@ from qcompile.formats.fragments import INPUTS, Fragments
 from qcompile.lowering.triton import prologue, schedule, split, text
 from qcompile.lowering.triton.elementary import functions
 from qcompile.lowering.triton.epilogue import finish
-from qcompile.lowering.triton.fragment_stream import Stream, moves
+from qcompile.lowering.triton.fragment_stream import FUNCTIONS, Stream
 from qcompile.lowering.triton.fragment_way import SKINNY, Way, kind_of, value_of
 from qcompile.lowering.triton.linear import Section, Shape, types
 from qcompile.lowering.triton.source import Source
@@ -65,7 +65,9 @@ class Text:
 
     def _helpers(self, body: str) -> str:
         decoders = [way.decoder.text(f"decode{part}", self.target) for part, way in enumerate(self.ways)]
-        return "\n\n".join(each.strip() + "\n" for each in (*decoders, *moves(body), functions(body)) if each)
+        return "\n\n".join(
+            each.strip() + "\n" for each in (*decoders, text.called(FUNCTIONS, body), functions(body)) if each
+        )
 
     def _about(self) -> str:
         shape = self.shape

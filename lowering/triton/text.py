@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,21 @@ def round_bf16(x):
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 '''
+
+
+def named(functions: str) -> dict[str, str]:
+    """The functions of a text by name, in its order."""
+    found = re.finditer(r"@triton\.jit\ndef (?P<name>\w+)\(.*?(?=\n@triton\.jit|\Z)", functions, re.DOTALL)
+    return {match["name"]: match.group().strip() for match in found}
+
+
+def called(functions: dict[str, str], body: str) -> str:
+    """The texts of all of `functions` that `body` calls, and of those that they call: each calls only those before it."""
+    wanted: list[str] = []
+    for name in reversed(functions):
+        if re.search(rf"(?<![\w.]){name}\(", "\n".join([body, *wanted])):
+            wanted.insert(0, functions[name])
+    return "\n\n\n".join(wanted)
 
 
 def module(
