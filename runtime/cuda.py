@@ -29,7 +29,7 @@ DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that a kernel may have with
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 
 OUT_OF_MEMORY, NO_DEVICE, LAUNCH_OUT_OF_RESOURCES = 2, 100, 701
-WRONG_CODE = {200, 209, 218, 220, 221, 222, 223}  # an image or PTX that this GPU or driver cannot take
+WRONG_CODE = {200, 209, 218, 221, 222, 223}  # an image or PTX that this GPU or driver cannot take
 MEMORY_FAULTS = {700, 714, 715, 716, 717, 718, 719}  # what a kernel does that runs outside its memory
 MAX_DYNAMIC_SHARED, MOST_SHARED = 8, 97  # attributes of functions and devices
 LOG_BUFFER, LOG_SIZE = 5, 6  # options of module loading
@@ -257,6 +257,9 @@ class CudaDevice:
             # Other threads may go on using the GPU meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run()
+        except RuntimeError as error:
+            # What ends a recording that failed fails as well; what failed first says why.
+            raise error if error.__context__ is None else error.__context__ from None
         finally:
             torch.cuda.set_stream(before)  # a recording that fails leaves the other one current
         return graph.replay

@@ -17,6 +17,9 @@ def allocate(size: int, device: Device = "cpu") -> torch.Tensor:
     try:
         raw = torch.zeros(size + ALIGNMENT, dtype=torch.uint8, device=device)
     except RuntimeError as error:
+        # On a GPU any call may be told of what an earlier kernel did; for a CPU torch has no error of its own.
+        if torch.device(device).type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+            raise
         found, remedy = f"{size} bytes wanted on {device}", "a smaller batch or length"
         raise ArtifactError("not enough memory", found=found, remedy=remedy) from error
     start = -raw.data_ptr() % ALIGNMENT

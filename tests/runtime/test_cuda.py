@@ -179,6 +179,8 @@ def test_code_for_another_gpu():
         "  try:      compile for it (target='cuda'), or a newer driver; target='reference' runs anywhere"
     )
     assert "CUDA_ERROR_INVALID_PTX" in refused(built(), cuModuleLoadDataEx=218).found
+    of_a_link_between_gpus = refused(built(), cuModuleLoadDataEx=220)
+    assert of_a_link_between_gpus.summary == "the NVIDIA driver refuses a call"
 
 
 def test_too_little_memory():
@@ -209,3 +211,36 @@ def test_launches_are_checked(code, kind, summary):
         start(0)
     assert error.value.summary == summary and error.value.where == "k"
     assert error.value.found == f"cuLaunchKernel: {NAMES[code][0].decode()} ({NAMES[code][1].decode()})"
+
+
+class Recording:
+    """torch.cuda.graph of a recording that its end finds broken; what its stream was is noted in `streams`."""
+
+    def __init__(self, streams, graph, stream, capture_error_mode):
+        streams.append(stream)
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_a_recording_that_fails_says_what_failed_first(monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "graph", functools.partial(Recording, streams))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "aside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "usual")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    device = CudaDevice.__new__(CudaDevice)
+    device.torch = torch.device("cuda", 0)
+
+    def run():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
+        device.capture(run)
+    with pytest.raises(RuntimeError, match="a previous error during capture"):
+        device.capture(lambda: None)
+    assert streams == ["aside", "usual"] * 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompile.errors import ArtifactError
 from qcompile.runtime.memory import ALIGNMENT, aligned, allocate, assign, empty
 
 LIVES = st.dictionaries(
@@ -45,3 +47,16 @@ def test_memory_is_aligned():
     for part in (whole.view(-1)[1:], whole.T):
         copy = aligned(part)
         assert copy.data_ptr() % ALIGNMENT == 0 and torch.equal(copy, part) and copy.is_contiguous()
+
+
+def test_what_an_earlier_kernel_did_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: an illegal memory access")]
+
+    def fails(*args, **options):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(torch, "zeros", fails)
+    with pytest.raises(ArtifactError, match="not enough memory"):
+        allocate(64, "cuda")
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        allocate(64, "cuda")
