@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,10 +40,14 @@ def _constant(text: str) -> Any:
     raise _Bad(text, "finite numbers", "a number is not JSON")
 
 
+def _float(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _constant(text)
+
+
 def parse(data: bytes, where: str) -> Any:
     """The JSON value in `data` (UTF-8); ArtifactError for anything but plain JSON with distinct keys."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
     except _Bad as bad:
         raise ArtifactError(bad.summary, where=where, found=_show(bad.found), expected=bad.expected) from None
     except (ValueError, RecursionError) as error:
@@ -202,6 +207,9 @@ def _decoder(kind: Any) -> Decoder:
         return _union(arguments)
     if origin is tuple:
         return _array(_decoder(arguments[0])) if arguments[-1] is Ellipsis else _record(tuple(map(_decoder, arguments)))
+    if origin is list:
+        items = _array(_decoder(arguments[0]))
+        return lambda value: list(items(value))
     if origin is dict:
         return _mapping(_decoder(arguments[1]))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):

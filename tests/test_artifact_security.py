@@ -173,6 +173,7 @@ BAD_JSON = {
     "twice": (b'{"a":1,"a":2}', "a key occurs twice"),
     "nan": (b'{"a":NaN}', "a number is not JSON"),
     "infinity": (b"[-Infinity]", "a number is not JSON"),
+    "no float": (b"[1e999]", "a number is not JSON"),
     "deep": (b"[" * 200_000, "not a JSON file"),
     "cut": (b'{"a":', "not a JSON file"),
     "bytes": (b"\xff\xfe", "not a JSON file"),
