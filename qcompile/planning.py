@@ -19,7 +19,7 @@ from qcompile.original import beside
 from qcompile.passes.base import Context
 from qcompile.passes.quantize import Weights
 from qcompile.program import Module, Program
-from qcompile.report import Report, WeightRow, weight_table
+from qcompile.report import Report, WeightRow, plain_console, weight_table
 from qcompile.stand_in import StandIns
 from qcompile.target import Target
 from qcompile.target import target as target_of
@@ -68,9 +68,7 @@ class Plan:
         return weight_table(self.rows)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160, color_system=None)
+        console = plain_console()
         with console.capture() as capture:
             console.print(self.table())
             sizes = f"about {self.output / 1e6:.1f} MB, at the peak about {self.peak / 1e6:.1f} MB of tensors"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qcompile import codec
 from qcompile.errors import InternalError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from torch.fx import Node
 
@@ -158,23 +161,14 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON data; `Report.from_json` reads it back."""
-        return asdict(self)
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists in place of tuples
+        return data
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Report:
-        return Report(
-            target=data["target"],
-            accuracy=data["accuracy"],
-            method=data["method"],
-            weights={path: WeightRow(**row) for path, row in data["weights"].items()},
-            nodes=[NodeRow(**{**row, "kernels": tuple(row["kernels"])}) for row in data["nodes"]],
-            refusals=[Refusal(**row) for row in data["refusals"]],
-            fallbacks=[Fallback(**row) for row in data["fallbacks"]],
-            notes=list(data["notes"]),
-            passes=[(name, count) for name, count in data["passes"]],
-            kernels=[KernelRow(**{**row, "tile": tuple(row["tile"])}) for row in data.get("kernels", ())],
-            launches=[LaunchRow(**row) for row in data.get("launches", ())],
-        )
+    def from_json(data: Any) -> Report:
+        """The report that `to_json` gave; ArtifactError where a field is unknown, missing or mistyped."""
+        report: Report = codec.decode(Report, data, "report.json")
+        return report
 
     @property
     def weight_bytes(self) -> int:
@@ -215,9 +209,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160, color_system=None)
+        console = plain_console()
         with console.capture() as capture:
             console.print(self.table())
             console.print(f"{len(self.weights)} weights, {self.weight_bytes / 1e6:.1f} MB")
@@ -231,6 +223,13 @@ class Report:
             for note in self.notes:
                 console.print(f"note: {note}")
         return capture.get()
+
+
+def plain_console() -> Console:
+    """A rich console that prints tables as text, and names as they are: none of them is markup."""
+    from rich.console import Console
+
+    return Console(width=160, color_system=None, markup=False, emoji=False)
 
 
 def weight_table(rows: Iterable[WeightRow]) -> Table:

@@ -243,10 +243,7 @@ class CompiledModel:
     @functools.cached_property
     def report(self) -> Report:
         """What happened to every weight and node."""
-        try:
-            return Report.from_json(dict(self.contents.report))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ArtifactError("the report is not one", where="report.json", found=error) from error
+        return Report.from_json(self.contents.report)
 
     def graph(self, after: str | None = None) -> str:
         """The graph's text after the pass called `after`; after the last one, if None."""

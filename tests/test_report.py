@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qcompile
-from qcompile.errors import ConfigError, InternalError
+from qcompile.errors import ArtifactError, ConfigError, InternalError
 from qcompile.report import Fallback, KernelRow, LaunchRow, NodeRow, Refusal, Report, WeightRow
 
 
@@ -28,6 +28,30 @@ def filled() -> Report:
 def test_json_and_back() -> None:
     report = filled()
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"weights": {"q": {"path": "q", "method": "", "format": "", "n": "64", "k": 1}}}, "report.json: weights.q.n"),
+        ({"passes": [["normalise"]]}, "report.json: passes.0"),
+        ({"notes": "none"}, "report.json: notes"),
+        ({"colour": 1}, "a field of Report is not known"),
+        ([], "an object (Report)"),
+    ],
+)
+def test_a_report_of_other_data_is_refused(change, text) -> None:
+    data = filled().to_json() | change if isinstance(change, dict) else change
+    with pytest.raises(ArtifactError) as caught:
+        Report.from_json(data)
+    assert text in str(caught.value)
+
+
+def test_names_with_brackets_and_colons_are_shown_as_they_are() -> None:
+    report = filled()
+    report.note("x is f32[b, s] :smile:")
+    report.fallbacks.append(Fallback("n", "aten.view", "m", "a size of [/b]"))
+    assert "note: x is f32[b, s] :smile:" in str(report) and "aten.view: a size of [/b]" in str(report)
 
 
 def test_a_module_is_reported_once() -> None:
