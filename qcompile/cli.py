@@ -25,14 +25,24 @@ if TYPE_CHECKING:
     from qcompile.runtime.model import CompiledModel
 
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _plain(text: object) -> str:
+    """`text` with control characters as escapes: names in a stranger's file must not steer the terminal."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
 class Commands(click.Group):
-    """Prints qcompile's own errors as they are, without a traceback."""
+    """Prints qcompile's own errors, and those of files and folders, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except QCompileError as error:
-            click.echo(f"error: {error}", err=True)
+        except (QCompileError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # whoever reads the output has seen enough
+                raise
+            click.echo(f"error: {_plain(error)}", err=True)
             ctx.exit(1)
 
 
@@ -42,16 +52,19 @@ def main() -> None:
     """Compile quantized models ahead of time, and run what came out."""
 
 
-def _config(text: str | None) -> Any:
-    """A quantization config from JSON text or from the path of a JSON file."""
+def _config(text: str | None) -> dict[str, Any] | None:
+    """A quantization config from JSON text, which starts with a brace, or from the path of a JSON file."""
     if text is None:
         return None
-    path = Path(text)
-    source = path.read_text() if path.suffix == ".json" and path.exists() else text
     try:
-        return json.loads(source)
-    except json.JSONDecodeError as error:
+        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.BadParameter(f"neither JSON nor a file: {error}", param_hint="--config") from None
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"neither a JSON file nor JSON: {error}", param_hint="--config") from None
+    if not isinstance(config, dict):
+        raise click.BadParameter(f"the file {text} holds no JSON object", param_hint="--config")
+    return config
 
 
 @contextmanager
@@ -63,10 +76,10 @@ def _progress(show: bool) -> Iterator[Callable[[str, str], None] | None]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
-        yield lambda stage, on: progress.update(task, description=f"{stage}  {on}")
+        yield lambda stage, on: progress.update(task, description=_plain(f"{stage}  {on}"))
 
 
 def _bytes(text: str) -> int:
@@ -117,11 +130,13 @@ def compile_command(
 ) -> None:  # fmt: skip
     """Compile MODEL: a Hugging Face folder or hub id, or a .gguf file."""
     import qcompile
+    from qcompile.runtime.folder import check_free
     from qcompile.staging import Stage
 
     def show(name: str, text: str) -> None:
-        click.echo(f"# after {name}\n{text}", err=as_json)
+        click.echo(_plain(f"# after {name}\n{text}"), err=as_json)
 
+    check_free(output)  # now, and not when all is done
     with _progress(not as_json) as progress, _spill_folder(max_memory, output) as spill:
         compiled = qcompile.compile(
             model, _config(config), target=target, accuracy=accuracy, strict=strict, work=work,
@@ -130,7 +145,7 @@ def compile_command(
         compiled.save(output)
     if work is not None:
         Stage(work).clear()
-    click.echo(json.dumps(compiled.report.to_json(), indent=1) if as_json else str(compiled.report))
+    click.echo(json.dumps(compiled.report.to_json(), indent=1) if as_json else _plain(compiled.report))
 
 
 @main.command()
@@ -143,7 +158,7 @@ def plan(model: str, config: str | None, target: str, as_json: bool) -> None:
     import qcompile
 
     found = qcompile.plan(model, _config(config), target=target)
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else _plain(found))
     if found.problems:
         sys.exit(1)
 
@@ -164,7 +179,7 @@ def _tokenizer(path: str) -> Any:
             return AutoTokenizer.from_pretrained(Path(path).parent, gguf_file=Path(path).name)
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"no tokenizer in {path!r}: {str(error).splitlines()[0]}") from None
+        raise click.ClickException(f"no tokenizer in {path!r}: {' '.join(str(error).split())}") from None
 
 
 class _Stream:
@@ -187,7 +202,7 @@ class _Stream:
         click.echo()
 
     def _show(self, text: str) -> None:
-        click.echo(text[len(self.shown) :], nl=False)
+        click.echo(_plain(text[len(self.shown) :]), nl=False)
         self.shown = text
 
 
@@ -252,13 +267,13 @@ def inspect(artifact: Path, kernel: str | None, graph: bool, after: str | None, 
         if kernel not in kernels:
             known = ", ".join(sorted(kernels)) or "no kernels"
             raise click.BadParameter(f"{kernel!r} is not one of {known}", param_hint="--kernel")
-        click.echo(kernels[kernel].source)
+        click.echo(_plain(kernels[kernel].source))
     elif graph or after is not None:
-        click.echo(model.graph(after))
+        click.echo(_plain(model.graph(after)))
     elif as_json:
         click.echo(json.dumps(model.report.to_json(), indent=1))
     else:
-        click.echo(str(model.report))
+        click.echo(_plain(model.report))
 
 
 @main.command()
@@ -293,7 +308,7 @@ def convert(source: str, method: str | None, config: str | None, output: Path, u
     else:
         raise click.UsageError("one of --to and --config is needed")
     done = qcompile.convert(source, wanted, output, rounded=not unrounded)
-    click.echo(json.dumps(done.to_json(), indent=1) if as_json else str(done))
+    click.echo(json.dumps(done.to_json(), indent=1) if as_json else _plain(done))
 
 
 @main.command()

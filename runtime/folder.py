@@ -74,6 +74,13 @@ def _seal(head: Mapping[str, Any]) -> bytes:
     return codec.render({**head, "digest": hashlib.sha256(codec.render(head)).hexdigest()})
 
 
+def check_free(path: Path) -> None:
+    """ArtifactError unless an artifact can be put at `path`: one is there, or an empty folder, or nothing."""
+    free = not path.exists() or (path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())))
+    if path.is_symlink() or not free:
+        raise ArtifactError("something else is in the way", where=str(path), expected="a compiled artifact, or nothing")
+
+
 def write_folder(path: Path, head: Mapping[str, Any], files: Mapping[str, Content]) -> None:
     """Write `files` and a manifest with `head` and each file's digest, then put the whole at `path`.
 
@@ -81,9 +88,7 @@ def write_folder(path: Path, head: Mapping[str, Any], files: Mapping[str, Conten
     folder, or none, and a hidden staging folder beside it.
     """
     path = Path(os.path.abspath(path))
-    free = not path.exists() or (path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())))
-    if path.is_symlink() or not free:
-        raise ArtifactError("something else is in the way", where=str(path), expected="a compiled artifact, or nothing")
+    check_free(path)
     unknown = sorted(name for name in files if not file_allowed(name))
     if unknown:
         raise ArtifactError("a file may not be in an artifact", where=str(path), found=", ".join(unknown[:5]))
@@ -238,11 +243,12 @@ def _unseal(manifest: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 @contextmanager
 def open_folder(path: Path) -> Iterator[Folder]:
     """The artifact at `path`, its manifest checked against what lies there."""
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
+    if not path.is_dir() or not os.path.lexists(path / MANIFEST):
+        found = "a folder without it" if path.is_dir() else "a file" if path.exists() else "nothing"
         raise ArtifactError(
-            "no artifact is there", where=str(path), found=found, expected="a folder with manifest.json"
-        )
+            "no artifact is there", where=str(path), found=found, expected=f"a folder with {MANIFEST}",
+            remedy="`qcompile compile` makes one of a model",
+        )  # fmt: skip
     directory = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         yield Folder(path, directory)

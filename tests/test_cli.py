@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import click
 import pytest
@@ -165,6 +166,18 @@ def test_formats_and_targets():
             "error: no target is called 'cpu:z80', did you mean 'cpu'?\n",
         ),
         (("compile", ".", "-o", "x", "--config", "{"), 2, "Invalid value for --config: neither a JSON file nor JSON: "),
+        (
+            ("compile", ".", "-o", "x", "--config", "c.json"),
+            2,
+            "--config: neither JSON nor a file: [Errno 2] No such file",
+        ),
+        (
+            ("compile", ".", "-o", "x", "--config", "."),
+            2,
+            "--config: neither JSON nor a file: [Errno 21] Is a directory",
+        ),
+        (("compile", ".", "-o", "x", "--config", '{"a":' * 100_000), 2, "neither a JSON file nor JSON: "),
+        (("compile", ".", "-o", "."), 1, "error: something else is in the way\n  where:    .\n"),
         (("compile", ".", "-o", "x", "--accuracy", "int4"), 2, "'int4' is not one of 'exact', 'int8'."),
         (("compile", "."), 2, "Missing option '--output' / '-o'."),
         (("inspect", "nothing.qc"), 1, "error: no artifact is there\n  where:    nothing.qc\n  found:    nothing\n"),
@@ -172,12 +185,44 @@ def test_formats_and_targets():
         (("run", "nothing.qc", "hello", "--tokenizer", "x", "--threads", "0"), 2, "0 is not in the range x>=1."),
         (("bake",), 2, "No such command 'bake'."),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
 )
 def test_wrong_use(arguments, code, text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
     out, err = run(*arguments, code=code)
-    assert text in err and out == "" and not list(tmp_path.iterdir())
+    assert text in err and out == "" and [path.name for path in (tmp_path / "here").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"[1]", b'"gptq"'])
+def test_a_file_that_holds_no_config(content, tmp_path):
+    file = tmp_path / "config.txt"
+    file.write_bytes(content)
+    _, err = run("convert", tmp_path, "-o", tmp_path / "x", "--config", file, code=2)
+    assert "Invalid value for --config: " in err
+
+
+def test_a_folder_that_cannot_be_written(reference, tmp_path):
+    (tmp_path / "file").touch()
+    _, err = run("export", reference, "-o", tmp_path / "file" / "below", code=1)
+    assert err.startswith("error: [Errno ") and err.count("\n") == 1
+
+
+def test_names_in_an_artifact_do_not_steer_the_terminal(reference, tmp_path):
+    from qcompile.runtime.model import CompiledModel
+    from qcompile.runtime.store import read
+
+    contents = read(reference)
+    row = next(iter(contents.report["weights"].values()))
+    hostile = replace(
+        contents,
+        report={**contents.report, "weights": {"x": {**row, "path": "a\x1b[2J[/b]:smile:\ud800"}}},
+        snapshots={"quantize": "line\n\tb\x9b0m\r"},
+    )
+    CompiledModel(hostile).save(tmp_path / "m.qc")
+    assert "a\\x1b[2J[/b]:smile:\\ud800" in run("inspect", tmp_path / "m.qc")[0]
+    assert run("inspect", tmp_path / "m.qc", "--graph")[0] == "line\n\tb\\x9b0m\\r\n"
 
 
 def test_a_config_that_is_wrong_says_so(folder, tmp_path):
@@ -196,6 +241,11 @@ def test_an_artifact_that_was_changed(reference, tmp_path):
     (path / "report.json").write_text("{}")
     _, err = run("inspect", path, code=1)
     assert err.startswith("error: a file has the wrong length\n  where:    report.json\n  found:    2 bytes\n")
+
+
+def test_a_folder_that_is_no_artifact(folder):
+    _, err = run("inspect", folder, code=1)
+    assert err.startswith(f"error: no artifact is there\n  where:    {folder}\n  found:    a folder without it\n")
 
 
 @pytest.mark.parametrize(
