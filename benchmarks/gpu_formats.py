@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,22 +30,40 @@ def cases(every: bool) -> list[Case]:
     return list(first.values())
 
 
-def check_formats(
-    which: Sequence[Case], target: str, open_session: Opened, rows: Sequence[int]
-) -> Iterator[tuple[str, float, float]]:
-    """(layer, greatest error over `rows`, the bound) for each case."""
+@dataclass(frozen=True)
+class Sample:
+    """Random storage of a case, and what it is worth: f64 [N, K]."""
+
+    packed: Packed
+    dense: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{self.packed.format.kind} {self.packed.N}x{self.packed.K}"
+
+
+def samples(which: Sequence[Case]) -> list[Sample]:
+    """Those whose random bits stand for numbers."""
     from format_cases import random_storage
 
+    made = []
     for format, n, k in which:
         tensors = random_storage(format, n, k)
-        dense = dequantize(format, tensors, n, k).double()
-        if not bool(dense.isfinite().all()):
-            continue  # random bits that stand for no number
-        session = open_session(compiled(Packed(format, tensors, n, k), target))
-        (name,) = (port.name for port in session.executable.inputs)
-        worst = 0.0
-        for m in rows:
-            x = rows_of(m, k, torch.device("cpu"), m)
-            (y,) = session({name: x.to(session.device)}).values()
-            worst = max(worst, distance(y.cpu(), x.double() @ dense.T))
-        yield f"{format.kind} {n}x{k}", worst, BOUND
+        made.append(Sample(Packed(format, tensors, n, k), dequantize(format, tensors, n, k).double()))
+    return [sample for sample in made if bool(sample.dense.isfinite().all())]
+
+
+def check_formats(
+    which: Sequence[Sample], target: str, open_session: Opened, rows: Sequence[int]
+) -> Iterator[tuple[str, float, float]]:
+    """(layer, greatest error over `rows`, the bound) for each sample; they are compiled and run as one model."""
+    session = open_session(compiled([sample.packed for sample in which], target))
+    names = [port.name for port in session.executable.inputs]
+    worst = [0.0] * len(which)
+    for m in rows:
+        xs = [rows_of(m, sample.packed.K, torch.device("cpu"), m) for sample in which]
+        ys = session(dict(zip(names, (x.to(session.device) for x in xs), strict=True))).values()
+        for at, (sample, x, y) in enumerate(zip(which, xs, ys, strict=True)):
+            worst[at] = max(worst[at], distance(y.cpu(), x.double() @ sample.dense.T))
+    for sample, error in zip(which, worst, strict=True):
+        yield sample.name, error, BOUND

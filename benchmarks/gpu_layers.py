@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_rivals import CUBLAS, RIVALS
-from benchmarks.gpu_weights import KINDS, Kind, Weights, compiled
+from benchmarks.gpu_results import reason
+from benchmarks.gpu_rivals import CUBLAS, Rival
+from benchmarks.gpu_weights import Kind, Weights, compiled
 from qcompile.runtime.codes import code_here, one_code
 from qcompile.runtime.cuda import Device
 from qcompile.runtime.cuda_session import CudaSession
@@ -78,7 +79,7 @@ def check(
 ) -> Iterator[Checked]:
     """The layer for each number of rows against y = x @ W.T in float64."""
     weights = kind.random(n, k, seed)
-    session = open_session(compiled(kind.packed(weights), target))
+    session = open_session(compiled([kind.packed(weights)], target))
     (x_name,) = (port.name for port in session.executable.inputs)
     dense = kind.dense(weights.to(session.device)).double()
     for m in rows:
@@ -100,7 +101,7 @@ class Timed:
 def ours(kind: Kind, weights: Weights, rows: Sequence[int], target: str, device: Device) -> dict[int, Timed]:
     """qcompile's times by M."""
     n, k = weights.codes.shape
-    model, open_session = compiled(kind.packed(weights), target), opened(device)
+    model, open_session = compiled([kind.packed(weights)], target), opened(device)
     sessions = [open_session(model) for _ in range(copies(kind.size(n, k)))]
     (x_name,) = (port.name for port in sessions[0].executable.inputs)
     out = {}
@@ -110,7 +111,7 @@ def ours(kind: Kind, weights: Weights, rows: Sequence[int], target: str, device:
     return out
 
 
-def rival(which: Any, kind: Kind, weights: Weights, rows: Sequence[int], device: Device) -> dict[int, Timed]:
+def rival(which: Rival, kind: Kind, weights: Weights, rows: Sequence[int], device: Device) -> dict[int, Timed]:
     """A contender's times by M; the reason where it cannot be had, or computes something else."""
     n, k = weights.codes.shape
     size = 2 * n * k if which is CUBLAS else kind.size(n, k)
@@ -139,12 +140,6 @@ def _timed(
         return Timed(name, error=reason(error))
 
 
-def reason(error: Exception) -> str:
-    """An exception on one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
-
-
 @dataclass(frozen=True)
 class Machine:
     """What the GPU does at best: bytes/s of memory read, and flop/s of cuBLAS in bf16, both measured."""
@@ -170,16 +165,13 @@ def measured(device: Device) -> Machine:
     return Machine(torch.cuda.get_device_name(device.torch), array.nbytes / read, 2 * size**3 / product)
 
 
-def time_layer(kind: Kind, n: int, k: int, rows: Sequence[int], target: str, device: Device) -> dict[int, list[Timed]]:
-    """Every contender for one weight, by M; ours first."""
-    weights = kind.random(n, k)
-    columns = [ours(kind, weights, rows, target, device)]
-    for which in RIVALS:
-        if kind.name in which.kinds:
-            free()
-            columns.append(rival(which, kind, weights, rows, device))
+def time_layer(
+    which: Rival | None, kind: Kind, n: int, k: int, rows: Sequence[int], target: str, device: Device
+) -> dict[int, Timed]:
+    """A contender's times for one weight, by M; None is qcompile."""
     free()
-    return {m: [column[m] for column in columns] for m in rows}
+    weights = kind.random(n, k)
+    return ours(kind, weights, rows, target, device) if which is None else rival(which, kind, weights, rows, device)
 
 
 def free() -> None:
@@ -189,20 +181,12 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def table_row(machine: Machine, kind: Kind, n: int, k: int, m: int, times: Sequence[Timed]) -> list[dict[str, Any]]:
-    """Each contender's time, its ratio to cuBLAS in bf16, and the share of the limit that it reaches."""
-    dense = next((item.microseconds for item in times if item.contender == CUBLAS.name and not item.error), None)
-    rows: list[dict[str, Any]] = []
-    for item in times:
-        row = {"kind": kind.name, "N": n, "K": k, "M": m, "contender": item.contender}
-        if item.error:
-            rows.append(row | {"skipped": item.error})
-            continue
-        limit = machine.limit(kind, n, k, m)
-        row |= {"us": round(item.microseconds, 2), "limit_us": round(limit, 2)}
-        row |= {"share_of_limit": round(limit / item.microseconds, 3)}
-        rows.append(row | ({"times_bf16": round(dense / item.microseconds, 3)} if dense else {}))
-    return rows
-
-
-ALL = tuple(KINDS.values())
+def table_row(machine: Machine, kind: Kind, n: int, k: int, m: int, item: Timed, dense: float | None) -> dict[str, Any]:
+    """A contender's time, the share of the limit that it reaches, and its ratio to cuBLAS in bf16, which takes `dense` us."""
+    row: dict[str, Any] = {"kind": kind.name, "N": n, "K": k, "M": m, "contender": item.contender}
+    if item.error:
+        return row | {"skipped": item.error}
+    limit = machine.limit(kind, n, k, m)
+    row |= {"us": round(item.microseconds, 2), "limit_us": round(limit, 2)}
+    row |= {"share_of_limit": round(limit / item.microseconds, 3)}
+    return row | ({"times_bf16": round(dense / item.microseconds, 3)} if dense else {})

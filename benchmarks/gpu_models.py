@@ -67,7 +67,8 @@ def llama(shape: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Any:
 
 def packed(model: Any, kind: Kind, target: str, **options: Any) -> CompiledModel:
     """The model compiled with random weights of `kind`, equal ones wherever the shape is equal."""
-    Given.weights["model"] = functools.cache(lambda n, k: kind.packed(kind.random(n, k)))
+    made = functools.cache(lambda n, k: kind.packed(kind.random(n, k)))
+    Given.weights["model"] = lambda module: made(module.n, module.k)
     return qcompile.compile(model, as_given("model"), target=target, **options)
 
 

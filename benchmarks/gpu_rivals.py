@@ -80,7 +80,7 @@ def gemlite(kind: str, weights: Weights, device: torch.device) -> Layer:
     from gemlite import DType, GemLiteLinear
 
     n, k = weights.codes.shape
-    layer: Any = GemLiteLinear(4, 128, k, n, input_dtype=DType.BF16, output_dtype=DType.BF16, bias=False)
+    layer: Any = GemLiteLinear(4, 128, k, n, input_dtype=DType.BF16, output_dtype=DType.BF16)
     scales = weights.scales.bfloat16().to(device)
     layer.pack(weights.codes.to(device), scales, torch.full_like(scales, 8), None)
     return layer
@@ -97,11 +97,13 @@ def bitsandbytes(kind: str, weights: Weights, device: torch.device) -> Layer:
 
 def marlin(kind: str, weights: Weights, device: torch.device) -> Layer:
     """gptqmodel's build of Marlin."""
-    from gptqmodel.nn_modules.qlinear.marlin import MarlinQuantLinear
+    from gptqmodel.nn_modules.qlinear import marlin as module
 
+    # Versions before 2026 have another name for it.
+    made = getattr(module, "MarlinLinear", None) or module.MarlinQuantLinear
     n, k = weights.codes.shape
     stored = KINDS[kind].store(weights)
-    layer = MarlinQuantLinear(bits=4, group_size=128, desc_act=False, sym=True, in_features=k, out_features=n)
+    layer = made(bits=4, group_size=128, desc_act=False, sym=True, in_features=k, out_features=n)
     layer.qweight.data, layer.scales.data = stored["qweight"], stored["scales"]
     layer.qzeros.data, layer.g_idx.data = stored["qzeros"], (torch.arange(k) // 128).int()
     layer = layer.to(device)

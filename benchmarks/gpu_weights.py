@@ -6,7 +6,7 @@ What a weight is worth is written here once more, in plain torch: nothing of qco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from qcompile.formats.minifloat import Fp4, Fp8
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.methods.index import register_method
 from qcompile.program import Module
+from qcompile.runtime.model import CompiledModel
 
 # bitsandbytes' NormalFloat table and OCP's E2M1, as their papers print them.
 TABLES = {
@@ -145,7 +146,7 @@ class GivenConfig(MethodConfig):
 
 
 class Given(Method):
-    """A quantization method whose weights were handed to it: `weights[key](N, K)` is the packed weight of any layer.
+    """A quantization method whose weights were handed to it: `weights[key](module)` is the packed weight of a layer.
 
     `as_given` makes its configs.
     """
@@ -154,7 +155,7 @@ class Given(Method):
     source = "benchmarks/gpu_weights.py"
     Config = GivenConfig
     formats = ()
-    weights: ClassVar[dict[str, Callable[[int, int], Packed]]] = {}
+    weights: ClassVar[dict[str, Callable[[Module], Packed]]] = {}
 
     def prequantized(self, config: MethodConfig, source: Any) -> bool:
         return False
@@ -163,11 +164,11 @@ class Given(Method):
         if module.kind != "Linear" or module.output_embedding:
             return Skip("it stays as it is")
         assert isinstance(config, GivenConfig)
-        return Quantized(self.weights[config.key](module.n, module.k).format)
+        return Quantized(self.weights[config.key](module).format)
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:
         assert isinstance(config, GivenConfig)
-        return self.weights[config.key](module.n, module.k)
+        return self.weights[config.key](module)
 
 
 def as_given(key: str) -> GivenConfig:
@@ -176,23 +177,28 @@ def as_given(key: str) -> GivenConfig:
     return GivenConfig(key=key)
 
 
-class Layer(nn.Module):
-    """One linear layer whose float weight is never looked at."""
+class Layers(nn.Module):
+    """Linear layers of sizes (N, K), each with an x of its own; their float weights are never looked at."""
 
-    def __init__(self, n: int, k: int):
+    def __init__(self, sizes: Sequence[tuple[int, int]]):
         super().__init__()
-        self.layer = nn.Linear(k, n, bias=False, device="meta")
-        self.layer.weight = nn.Parameter(torch.zeros(1).expand(n, k), requires_grad=False)
+        self.layers = nn.ModuleList(nn.Linear(k, n, bias=False, device="meta") for n, k in sizes)
+        for layer in self.layers:
+            layer.weight = nn.Parameter(torch.zeros(1).expand(layer.weight.shape), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+    def forward(self, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
 
 
-def compiled(packed: Packed, target: str, most: int = 4096, **options: Any) -> Any:
-    """y = x @ W.T compiled for `target`, for x of 1 to `most` rows; every operation has a kernel."""
-    Given.weights["layer"] = lambda n, k: packed
+def compiled(packed: Sequence[Packed], target: str, most: int = 4096) -> CompiledModel:
+    """y = x @ W.T for each weight, compiled for `target` as one model, for x of 1 to `most` rows; all has a kernel.
+
+    Its inputs and outputs are in the order of the weights.
+    """
+    Given.weights["layers"] = lambda module: packed[int(module.path.rpartition(".")[2])]
     rows = {0: torch.export.Dim("m", min=1, max=most)}
     return qcompile.compile(
-        Layer(packed.N, packed.K), as_given("layer"), target=target,
-        example_inputs=(torch.randn(8, packed.K),), dynamic_shapes={"x": rows}, strict=True, **options,
+        Layers([(each.N, each.K) for each in packed]), as_given("layers"), target=target,
+        example_inputs=([torch.randn(8, each.K) for each in packed],), dynamic_shapes={"xs": [rows] * len(packed)},
+        strict=True,
     )  # fmt: skip

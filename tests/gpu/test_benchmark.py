@@ -10,6 +10,7 @@ import torch
 from gpu.device import Interpreter
 
 from benchmarks import gpu, gpu_formats, gpu_layers, gpu_models, gpu_rivals
+from benchmarks.gpu_results import Lost, Results, Row
 from benchmarks.gpu_weights import KINDS
 from qcompile.evaluate import dequantize
 from qcompile.methods.index import METHODS
@@ -66,22 +67,71 @@ def test_decoding_first_is_the_same_weight():
         assert gpu_layers.distance(y, x.double() @ kind.dense(weights).double().T) < gpu_layers.BOUND
 
 
-def checked(**which: object) -> gpu.Failures:
-    nothing = {"layers": [], "formats": [], "models": [], "shape": TINY, "tokens": (3, 2)}
-    return gpu.check(INTERPRET.name, CPU, open_session, prepare, rows=(1, 5), **(nothing | which))
+def checked(results: Results, **which: object) -> list[Row]:
+    results.start("checks")
+    options = {"layers": [], "shape": TINY, "tokens": (3, 2)} | which
+    gpu.check(results, INTERPRET.name, CPU, open_session, prepare, rows=(1, 5), **options)
+    return results.rows("checks")
 
 
 def test_layers_are_checked_in_the_interpreter_and_one_that_fails_is_said(capsys):
-    found = checked(layers=[("nf4", 24, 64), ("no such", 1, 1)], formats=gpu_formats.cases(every=False)[:1])
+    results = Results()
+    formats = gpu_formats.cases(every=False)[:2]
+    rows = checked(results, layers=[("nf4", 24, 64), ("no such", 1, 1)], formats=formats)
     text = capsys.readouterr().out
-    assert [row["what"] for row in found.rows if not row["ok"]] == ["no such 1x1"]
-    assert "nf4 24x64 M=5" in text and "gptq 33x64" in text and "FAIL no such 1x1: KeyError" in text
+    assert [row["of"] for row in results.failed("checks")] == ["no such 1x1 for cuda:interpret"]
+    assert [row.get("what") for row in rows[-2:]] == ["gptq 33x64", "awq 24x64"]
+    assert "nf4 24x64 M=5" in text and "FAIL no such 1x1 for cuda:interpret: KeyError" in text
+
+
+def test_formats_that_fail_together_are_checked_one_by_one(monkeypatch):
+    check_formats = gpu_formats.check_formats
+
+    def fails(which, *rest):
+        if any(sample.name == "awq 24x64" for sample in which):
+            raise RuntimeError("no kernel")
+        return check_formats(which, *rest)
+
+    monkeypatch.setattr(gpu_formats, "check_formats", fails)
+    rows = checked(Results(), formats=gpu_formats.cases(every=False)[:2])
+    assert [(row["of"].removesuffix(" for cuda:interpret"), row["ok"]) for row in rows] == [
+        ("formats 0 to 1", False), ("format 0, gptq 33x64", True), ("format 1, awq 24x64", False),
+    ]  # fmt: skip
+
+
+def test_figures_are_kept_after_each_step_and_a_run_goes_on(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"llama": [{"of": "8 layers"}], "checks": [{"of": "old"}]}')
+    dead = []
+
+    def alive():
+        if dead:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    def work(fails):
+        yield {"ok": True}
+        dead[:] = [1] * fails
+        if fails:
+            raise ValueError("wrong")
+
+    results = Results(path, alive=alive)
+    results.start("checks")
+    assert results.attempt("checks", "a", lambda: work(0), str)
+    assert json.loads(path.read_text()) == {"llama": [{"of": "8 layers"}], "checks": [{"of": "a", "ok": True}]}
+    with pytest.raises(Lost, match="RuntimeError: CUDA error: an illegal memory access"):
+        results.attempt("checks", "b", lambda: work(1), str)
+    again = Results(path, resume=True)
+    again.start("checks")
+    assert again.failed("checks") == [{"of": "b", "ok": False, "failed": "ValueError: wrong"}]
+    for of in "abc":
+        again.attempt("checks", of, lambda: work(0), str)
+    assert [row["of"] for row in json.loads(path.read_text())["checks"]] == ["a", "b", "b", "c"]
 
 
 @pytest.mark.full
 def test_models_are_checked_in_the_interpreter():
-    found = checked(models=["int8"])
-    assert found.failed == 0 and [row["what"].split(", ")[2] for row in found.rows] == [
+    rows = checked(Results(), models=["int8"])
+    assert all(row["ok"] for row in rows) and [row["what"].split(", ")[2] for row in rows] == [
         "prefill", "decode", "tokens of two runs that differ",
     ]  # fmt: skip
 
@@ -100,7 +150,7 @@ def test_rows_of_the_table():
         gpu_layers.Timed("qcompile", 20.0), gpu_layers.Timed("cuBLAS bf16", 40.0),
         gpu_layers.Timed("gemlite", error="ModuleNotFoundError: No module named 'gemlite'"),
     ]  # fmt: skip
-    own, dense, absent = gpu_layers.table_row(machine, kind, 4096, 4096, 1, times)
+    own, dense, absent = (gpu_layers.table_row(machine, kind, 4096, 4096, 1, item, 40.0) for item in times)
     assert own["times_bf16"] == 2.0 and dense["times_bf16"] == 1.0
     assert own["share_of_limit"] == pytest.approx(own["limit_us"] / 20, abs=1e-3)
     assert own["limit_us"] == pytest.approx((kind.size(4096, 4096) + 2 * 8192) / 1e6, abs=0.01)
@@ -115,7 +165,7 @@ def test_a_contender_that_is_not_installed_says_so():
 
 
 def test_a_kernel_is_timed_over_copies_of_its_weights():
-    model = gpu_layers.compiled(KINDS["nf4"].packed(KINDS["nf4"].random(16, 64)), INTERPRET.name)
+    model = gpu_layers.compiled([KINDS["nf4"].packed(KINDS["nf4"].random(16, 64))], INTERPRET.name)
     device = Interpreter(model.artifact.executable.kernels)
     sessions = [
         CudaSession(
