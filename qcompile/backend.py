@@ -184,10 +184,13 @@ class CpuBackend:
 
 @dataclass(frozen=True)
 class CudaBackend:
-    """CUDA kernels: codes as they are for native dots where x is rounded, fragment layouts where the format has one, with
+    """Kernels for GPUs: codes as they are for native dots where x is rounded, fragment layouts where the format has one, with
     joined weights one below the other in both; any format as it is stored otherwise.
+
+    `fragments` is true where the tensor cores are NVIDIA's, whose order that layout is.
     """
 
+    fragments: bool = True
     regions: bool = True
     experts: bool = True
     cache: str = "bf16"
@@ -202,7 +205,7 @@ class CudaBackend:
         native = native_for(packed, before)
         if not isinstance(native, str):
             return Layout(native)
-        found = fragments_for(packed)
+        found = fragments_for(packed) if self.fragments else "the order of tensor cores that there is is NVIDIA's"
         return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
@@ -238,4 +241,4 @@ def backend_for(target: Target, accuracy: str = "exact", cache: str = "bf16") ->
     """What the passes ask about `target`: `accuracy` is the one asked for on a CPU, `cache` the caches' dtype on GPUs."""
     if target.backend == "cpu":
         return CpuBackend(accuracy)
-    return CudaBackend(cache=cache) if target.backend == "cuda" else ReferenceBackend()
+    return CudaBackend(target.family == "cuda", cache=cache) if target.backend == "cuda" else ReferenceBackend()

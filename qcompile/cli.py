@@ -399,17 +399,18 @@ def formats(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the targets as JSON.")
 def targets(as_json: bool) -> None:
     """List the targets, and which of them run on this machine."""
-    from qcompile.target import CPU_LEVELS, PTX, cuda_names, gpu_capability, target
+    from qcompile.target import CPU_LEVELS, GPUS, PTX, code_here, gpu_names, target
 
-    known = [*CPU_LEVELS.values(), *map(target, cuda_names()), PTX, target("reference")]
+    gpus = [*map(target, gpu_names("cuda")), PTX, *map(target, gpu_names("rocm"))]
+    known = [*CPU_LEVELS.values(), *gpus, target("reference")]
     native = next((item.name for item in known if not item.missing() and item.backend == "cpu"), None)
     table = [{"target": item.name, "runs here": not item.missing(), "missing": item.missing()} for item in known]
-    gpu = target("cuda").name if gpu_capability() is not None else None
+    own = {family: code.name for family in GPUS if (code := code_here(family)) is not None}
     if as_json:
-        click.echo(json.dumps({"native": native, "gpu": gpu, "targets": table}, indent=1))
+        click.echo(json.dumps({"native": native, "gpu": next(iter(own.values()), None), "targets": table}, indent=1))
         return
     click.echo(f"cpu and cpu:native mean {native or 'nothing'} on this machine")
-    click.echo(f"cuda means {gpu or 'nothing'} on this machine")
+    click.echo(f"cuda means {own.get('cuda', 'nothing')} and rocm {own.get('rocm', 'nothing')} on this machine")
     for item in known:
         lacks = ", ".join(item.missing())
         click.echo(f"{item.name:22} {f'here lacks {lacks}' if lacks else 'runs here'}")

@@ -1,20 +1,24 @@
-"""The machines qcompile compiles for: closed tables of CPU levels and GPU capabilities, and `reference` on any torch device.
+"""The machines qcompile compiles for: closed tables of CPU levels and of GPUs, and `reference` on any torch device.
 
 >>> target("cpu:aarch64").lanes
 4
 >>> target("cuda:sm_90,sm_80").capabilities
 (80, 90)
+>>> target("rocm:gfx942").warp
+64
 >>> target("reference:cuda:1").device
 'cuda:1'
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from qcompile.errors import ConfigError, near
@@ -22,14 +26,15 @@ from qcompile.errors import ConfigError, near
 
 @dataclass(frozen=True)
 class Target:
-    """A machine as code generation sees it.
+    """A machine as code generation sees it. `backend` says whose kernels it runs: "cuda" stands for Triton's, AMD's GPUs too.
 
     `lanes` is the number of float32 in the widest register (0 for `reference`); `isa` names the machine instructions a
     kernel may use ("portable": none but what LLVM selects by itself). `vnni` is true where `vpdpbusd` exists.
     `requires` are the processor features, as LLVM spells them, that a machine must have to run the objects.
     `device` is the torch device of the `reference` backend.
-    `capabilities` are the GPUs that a `cuda` target has machine code for (90 is sm_90), ascending; 0 is Triton's interpreter,
-    which tests use in place of a GPU. `portable` is true for code that newer GPUs translate themselves: PTX.
+    `capabilities` are the GPUs that a target has machine code for (90 is sm_90; AMD's as Linux numbers them, 90402 is gfx942),
+    ascending; 0 is Triton's interpreter, which tests use in place of a GPU. `warp` is how many threads one of their warps
+    has. `portable` is true for code that newer GPUs translate themselves: PTX.
     """
 
     name: str
@@ -38,12 +43,23 @@ class Target:
     processor: str = ""
     features: str = ""
     lanes: int = 0
-    isa: Literal["avx512", "avx2", "portable"] = "portable"
+    isa: Literal["avx512", "avx2", "ptx", "gcn", "portable"] = "portable"
     vnni: bool = False
     requires: tuple[str, ...] = ()
     device: str = "cpu"
     capabilities: tuple[int, ...] = ()
+    warp: int = 32
     portable: bool = False
+
+    @property
+    def family(self) -> str:
+        """The machines whose programs are alike: "cpu", "cuda", "rocm" or "reference"."""
+        return self.name.partition(":")[0]
+
+    @property
+    def code(self) -> str:
+        """What a name says behind the family: "sm_90"."""
+        return self.name.partition(":")[2]
 
     @property
     def capability(self) -> int:
@@ -51,21 +67,32 @@ class Target:
         (only,) = self.capabilities
         return only
 
+    @property
+    def fp8(self) -> bool:
+        """Whether the machine itself multiplies and rounds to the 8-bit floats of checkpoints, f8e4m3 with NaN and f8e5m2.
+
+        Those of gfx942 have another bias, and no place for what is negative zero there.
+        """
+        return self.isa == "ptx" and self.capability >= 89
+
     def codes(self) -> tuple[Target, ...]:
-        """The machine codes of a `cuda` target, each a target of one capability: those it names, then the portable one."""
+        """The machine codes of a GPU's target, each a target of one capability: those it names, then the portable one, if any."""
         if self.capabilities == (0,) or self.portable:
             return (self,)
-        return (*(_cuda(capability) for capability in self.capabilities), PTX)
+        return (*(_gpu(self.family, capability) for capability in self.capabilities), *[PTX] * (self.family == "cuda"))
 
     def missing(self) -> tuple[str, ...]:
         """What this machine lacks to run the target's objects; empty when they run here."""
         if self.backend == "reference" or self.capabilities == (0,):
             return ()
         if self.backend == "cuda":
-            found = gpu_capability()
+            found = gpu_here(self.family)
             if found is None:
-                return ("an NVIDIA GPU with a driver",)
-            return () if code_for(found, self.codes()) else (f"a GPU of capability {LEAST_CAPABILITY / 10} or higher",)
+                return (f"an {VENDORS[self.family]} GPU with a driver",)
+            wanted = (
+                f"a GPU of capability {LEAST_CAPABILITY / 10} or higher" if self.isa == "ptx" else f"a {self.code} GPU"
+            )
+            return () if code_for(found, self.codes()) else (wanted,)
         machine = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
         if not self.triple.startswith(machine):
             return (self.triple.split("-")[0],)
@@ -93,14 +120,24 @@ CPU_LEVELS: dict[str, Target] = {
 
 CUDA_CAPABILITIES = (80, 86, 89, 90, 100, 120)
 LEAST_CAPABILITY = 80
+GPUS: dict[str, dict[str, int]] = {
+    "cuda": {f"sm_{capability}": capability for capability in CUDA_CAPABILITIES},
+    "rocm": {"gfx942": 90402},
+}
+"""The machine codes of each family of GPUs: their names and capabilities."""
+VENDORS = {"cuda": "NVIDIA", "rocm": "AMD"}
+
+
+def _gpu(family: str, *capabilities: int) -> Target:
+    """The target with machine code for these GPUs of one family; to torch both families are "cuda"."""
+    names = ",".join(name for name, capability in GPUS[family].items() if capability in capabilities)
+    made = Target(f"{family}:{names}", "cuda", device="cuda", capabilities=capabilities)
+    return replace(made, isa="ptx") if family == "cuda" else replace(made, isa="gcn", warp=64)
+
+
 # Its instructions are those of 8.0, its tiles those of 8.6: newer GPUs need not have the shared memory of 8.0.
-PTX = Target("cuda:ptx", "cuda", device="cuda", capabilities=(86,), portable=True)
+PTX = Target("cuda:ptx", "cuda", device="cuda", capabilities=(86,), isa="ptx", portable=True)
 INTERPRET = Target("cuda:interpret", "cuda", capabilities=(0,))
-
-
-def _cuda(*capabilities: int) -> Target:
-    names = ",".join(f"sm_{capability}" for capability in capabilities)
-    return Target(f"cuda:{names}", "cuda", device="cuda", capabilities=capabilities)
 
 
 def code_for(capability: int, codes: Sequence[Target]) -> Target | None:
@@ -119,6 +156,34 @@ def code_for(capability: int, codes: Sequence[Target]) -> Target | None:
     if compatible:
         return max(compatible, key=lambda code: code.capability)
     return next((code for code in codes if code.portable and capability >= LEAST_CAPABILITY), None)
+
+
+@functools.cache
+def amd_gpu() -> int | None:
+    """The number of this machine's first AMD GPU (90402 is gfx942), as Linux says; None without a GPU or driver."""
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
+    for node in sorted(nodes, key=lambda file: int(file.parent.name)):
+        with contextlib.suppress(OSError):  # of a GPU that is another container's
+            number = dict(line.split() for line in node.read_text().splitlines()).get("gfx_target_version", "0")
+            if int(number):  # processors are nodes too, and have none
+                return int(number)
+    return None
+
+
+def gpu_here(family: str) -> int | None:
+    """The capability of this machine's first GPU of a family."""
+    return amd_gpu() if family == "rocm" else gpu_capability()
+
+
+def gpu_name(family: str, capability: int) -> str:
+    """What a GPU is called in texts for people.
+
+    >>> gpu_name("cuda", 90), gpu_name("rocm", 90010)
+    ('a GPU of capability 9.0', 'a gfx90a GPU')
+    """
+    if family == "cuda":
+        return f"a GPU of capability {capability / 10}"
+    return f"a gfx{capability // 10000}{capability // 100 % 100:x}{capability % 100:x} GPU"
 
 
 @functools.cache
@@ -158,7 +223,8 @@ def native() -> Target:
 
 def target(name: str | Target | Sequence[str]) -> Target:
     """The target called `name`: a CPU level, "cpu" or "cpu:native", "cuda:sm_80,sm_90" (or a list of such names: one target
-    with all their machine codes), "cuda" for the GPU of this machine, "reference" or "reference:<torch device>"."""
+    with all their machine codes), "rocm:gfx942", "cuda" or "rocm" for the GPU of this machine, "reference" or
+    "reference:<torch device>"."""
     if isinstance(name, Target):
         return name
     if not isinstance(name, str):
@@ -170,58 +236,68 @@ def target(name: str | Target | Sequence[str]) -> Target:
     head, _, rest = name.partition(":")
     if head == "reference":
         return Target(name, "reference", device=rest or "cpu")
-    if head == "cuda":
-        return _cuda_target(rest)
-    known = ("cpu", "cpu:native", *CPU_LEVELS, "cuda", *cuda_names(), "reference")
+    if head in GPUS:
+        return _gpu_target(head, rest)
+    known = ("cpu", "cpu:native", *CPU_LEVELS, "cuda", *gpu_names("cuda"), "rocm", *gpu_names("rocm"), "reference")
     raise ConfigError(f"no target is called '{name}'{near(name, known)}", found=repr(name), expected=", ".join(known))
 
 
-def cuda_names() -> list[str]:
-    """The targets of one capability each."""
-    return [f"cuda:sm_{capability}" for capability in CUDA_CAPABILITIES]
+def gpu_names(family: str) -> list[str]:
+    """The targets of one machine code each."""
+    return [f"{family}:{name}" for name in GPUS[family]]
 
 
-def _cuda_target(rest: str) -> Target:
-    """The target whose name is "cuda:" with `rest` behind it."""
+def _gpu_target(family: str, rest: str) -> Target:
+    """The target whose name is the family's with a colon and `rest` behind it."""
     for special in (PTX, INTERPRET):
-        if f"cuda:{rest}" == special.name:
+        if f"{family}:{rest}" == special.name:
             return special
     if not rest:
-        found = gpu_capability()
-        if found is None:
-            raise ConfigError(
-                "this machine has no NVIDIA GPU with a driver", found="target 'cuda'", expected="a GPU to compile for",
-                remedy="name what to compile for: " + ", ".join(cuda_names()),
-            )  # fmt: skip
-        code = code_for(found, (*(_cuda(known) for known in CUDA_CAPABILITIES), PTX))
-        if code is None:
-            raise ConfigError(
-                "this machine's GPU is too old",
-                found=f"capability {found / 10}",
-                expected=f"{LEAST_CAPABILITY / 10} or more",
-            )
-        return code
+        return _own(family)
     named = set()
     for item in rest.split(","):
-        if item not in {f"sm_{known}" for known in CUDA_CAPABILITIES}:
-            known = cuda_names()
+        if item not in GPUS[family]:
+            known = gpu_names(family)
             raise ConfigError(
-                f"no target is called 'cuda:{item}'{near(f'cuda:{item}', known)}",
-                found=repr(f"cuda:{rest}"), expected=", ".join(known) + ", several with commas between",
+                f"no target is called '{family}:{item}'{near(f'{family}:{item}', known)}",
+                found=repr(f"{family}:{rest}"), expected=", ".join(known) + ", several with commas between",
             )  # fmt: skip
-        named.add(int(item.removeprefix("sm_")))
-    return _cuda(*sorted(named))
+        named.add(GPUS[family][item])
+    return _gpu(family, *sorted(named))
+
+
+def code_here(family: str) -> Target | None:
+    """The machine code, of all there are, that this machine's GPU runs best; None where there is no GPU, or none for it."""
+    found = gpu_here(family)
+    return None if found is None else code_for(found, _gpu(family, *GPUS[family].values()).codes())
+
+
+def _own(family: str) -> Target:
+    """As `code_here`; ConfigError for None."""
+    found, code = gpu_here(family), code_here(family)
+    if found is None:
+        raise ConfigError(
+            f"this machine has no {VENDORS[family]} GPU with a driver", found=f"target '{family}'",
+            expected="a GPU to compile for", remedy="name what to compile for: " + ", ".join(gpu_names(family)),
+        )  # fmt: skip
+    if code is None:
+        raise ConfigError(
+            "this machine's GPU is too old" if family == "cuda" else "there are no kernels for this machine's GPU",
+            found=gpu_name(family, found),
+            expected=f"{LEAST_CAPABILITY / 10} or more" if family == "cuda" else ", ".join(GPUS[family]),
+        )
+    return code
 
 
 def _together(targets: Sequence[Target]) -> Target:
     """One target with the machine codes of several."""
     if len(set(targets)) == 1:
         return targets[0]
-    mixed = [each.name for each in targets if each.backend != "cuda" or 0 in each.capabilities or each.portable]
+    mixed = [each.name for each in targets if each.family != "cuda" or 0 in each.capabilities or each.portable]
     if mixed or not targets:
         raise ConfigError(
             "only CUDA targets can be compiled for together",
             found=", ".join(mixed) or "no target",
             expected="cuda:sm_...",
         )
-    return _cuda(*sorted({number for each in targets for number in each.capabilities}))
+    return _gpu("cuda", *sorted({number for each in targets for number in each.capabilities}))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qcompile.artifact import Artifact, Built, Call, Extent, KernelSpec
 from qcompile.errors import ConfigError, ToolchainError
 from qcompile.lowering.triton import cost, templates, toolchain
-from qcompile.lowering.triton.devices import DEVICES, device
+from qcompile.lowering.triton.devices import device
 from qcompile.lowering.triton.schedule import choose, using, watched
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.tables import Entry, Table
 from qcompile.lowering.triton.tiles import Problem, Schedule, candidates
-from qcompile.target import INTERPRET, Target, gpu_capability
+from qcompile.target import INTERPRET, Target, gpu_capability, gpu_names
 from qcompile.target import target as target_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Timer(Protocol):
 def tasks(artifact: Artifact, code: Target) -> list[Task]:
     """The kernels of a model that have a schedule, one for each problem; ConfigError for a model with no CUDA kernels."""
     executable = artifact.executable
-    if executable is None or not artifact.target.startswith("cuda"):
+    if executable is None or target_of(artifact.target).family != "cuda":
         raise ConfigError(
             "only kernels for CUDA have schedules", where="tune", found=f"target {artifact.target}",
             expected="a model compiled for cuda",
@@ -184,11 +184,12 @@ class GpuTimer:
 
 
 def code_of(name: str) -> Target:
-    """The target called `name`, which must be one GPU."""
+    """The target called `name`, which must be one NVIDIA GPU: `GpuTimer` times no others."""
     code = target_of(name)
-    if code.backend != "cuda" or len(code.capabilities) != 1 or code.capability not in DEVICES or code.portable:
-        known = ", ".join(f"cuda:sm_{capability}" for capability in DEVICES)
-        raise ConfigError("schedules are for one GPU", where="target", found=name, expected=known)
+    if code.name not in gpu_names("cuda"):
+        raise ConfigError(
+            "schedules are for one GPU", where="target", found=name, expected=", ".join(gpu_names("cuda"))
+        )
     return code
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qcompile.artifact import Built, KernelSpec
 from qcompile.errors import ArtifactError, ConfigError
 from qcompile.runtime.cache import Builder, build_kernels
-from qcompile.target import PTX, Target, code_for, gpu_capability
+from qcompile.target import GPUS, PTX, VENDORS, Target, code_for, gpu_here, gpu_name
 from qcompile.target import target as target_of
 
 
@@ -18,18 +18,24 @@ def coded(kernel: str, code: Target) -> str:
     >>> coded("reduce_1a2b", PTX)
     'reduce_1a2b.ptx'
     """
-    return f"{kernel}.{code.name.removeprefix('cuda:')}"
+    return f"{kernel}.{code.code}"
 
 
 def parts(name: str) -> tuple[str, str]:
     """The kernel's name, and the target of one code, that `coded` made `name` from; the target is "" for a CPU kernel."""
     kernel, _, code = name.partition(".")
-    return kernel, code and f"cuda:{code}"
+    family = "rocm" if code in GPUS["rocm"] else "cuda"
+    return kernel, code and f"{family}:{code}"
+
+
+def for_gpu(target: str) -> bool:
+    """Whether an artifact for `target` has kernels for GPUs."""
+    return target.partition(":")[0] in GPUS
 
 
 def codes_of(target: str) -> Collection[str]:
     """What `parts` may find behind the kernels of an artifact for `target`; ArtifactError for a target that is not known."""
-    if not target.startswith("cuda"):
+    if not for_gpu(target):
         return ("",)
     try:
         return {code.name for code in target_of(target).codes()}
@@ -46,15 +52,15 @@ def build_codes(
 
 
 def code_here(target: Target) -> Target:
-    """The code of a CUDA target that this machine's GPU runs; ArtifactError where it runs none."""
+    """The code of a GPU's target that this machine's GPU runs; ArtifactError where it runs none."""
     if 0 in target.capabilities:
         return target
-    found = gpu_capability()
+    found = gpu_here(target.family)
     code = None if found is None else code_for(found, target.codes())
     if code is None:
         raise ArtifactError(
             "the artifact is for another machine",
-            found="no NVIDIA GPU with a driver" if found is None else f"a GPU of capability {found / 10}",
+            found=f"no {VENDORS[target.family]} GPU with a driver" if found is None else gpu_name(target.family, found),
             expected=", ".join(each.name for each in target.codes()),
             remedy='target="reference" runs anywhere',
         )
@@ -76,4 +82,5 @@ def file_names(name: str) -> tuple[str, str]:
     _, code = parts(name)
     if not code:
         return f"kernel-{name}.mlir", f"kernel-{name}.o"
-    return f"kernel-{name}.py", f"kernel-{name}" if code == PTX.name else f"kernel-{name}.cubin"
+    ending = "" if code == PTX.name else ".hsaco" if code.startswith("rocm") else ".cubin"
+    return f"kernel-{name}.py", f"kernel-{name}{ending}"

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 NAMES = re.compile(
     r"(?:program|graph|report)\.json|weights\.safetensors|after-[a-z0-9-]{1,64}\.txt|"
-    r"kernel-[a-z0-9_-]{1,128}\.(?:mlir|o|(?:sm_[0-9]{2,3}|interpret)\.(?:py|cubin)|ptx(?:\.py)?)"
+    r"kernel-[a-z0-9_-]{1,128}\.(?:mlir|o|(?:sm_[0-9]{2,3}|interpret)\.(?:py|cubin)|ptx(?:\.py)?|gfx[0-9a-f]{3,4}\.(?:py|hsaco))"
 )
 MAX_FILES = 20_000
 MAX_MANIFEST = 16 * 2**20

@@ -50,7 +50,7 @@ def load(
     if artifact.executable is None:
         raise ArtifactError("the artifact has no kernels", where=str(path), found=f"target {artifact.target}",
                             remedy=f'target="{artifact.target}"')  # fmt: skip
-    if on.backend != target_of(artifact.target).backend:
+    if on.family != target_of(artifact.target).family:
         raise ArtifactError("the artifact is for another kind of machine", where=str(path), found=artifact.target,
                             expected=on.name, remedy=f'target="{artifact.target}"')  # fmt: skip
     if on.backend == "cuda":

@@ -17,12 +17,12 @@ from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.report import Report
 from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.codes import code_here, one_code, parts
-from qcompile.runtime.cuda import CudaDevice
 from qcompile.runtime.cuda_session import CudaSession
 from qcompile.runtime.generate import Sampling, first_tokens, generate
 from qcompile.runtime.inputs import check_indices
 from qcompile.runtime.output import Output, structured
 from qcompile.runtime.reference import ReferenceSession
+from qcompile.runtime.rocm import device_of
 from qcompile.runtime.runner import Runner
 from qcompile.runtime.state import State
 from qcompile.runtime.store import Contents, write
@@ -79,7 +79,7 @@ class CompiledModel:
         if self.target.backend == "cuda":
             code = code_here(self.target)
             kernels = one_code(kernels, executable.kernels, code)
-            return CudaSession(executable, tensors, kernels, CudaDevice(), sizes=sizes, bounds=self.bounds)
+            return CudaSession(executable, tensors, kernels, device_of(code), sizes=sizes, bounds=self.bounds)
         # Linking objects for a processor takes a library that a machine with a GPU may lack.
         from qcompile.runtime.session import Session
 

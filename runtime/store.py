@@ -15,7 +15,7 @@ from qcompile import codec
 from qcompile.artifact import Artifact, Built, Graph, Launch
 from qcompile.errors import ArtifactError
 from qcompile.runtime.check import check_artifact, check_launches
-from qcompile.runtime.codes import codes_of, file_names, parts
+from qcompile.runtime.codes import codes_of, file_names, for_gpu, parts
 from qcompile.runtime.folder import WEIGHTS, Content, open_folder, write_folder
 from qcompile.runtime.tensors import read_tensors, write_tensors
 
@@ -94,7 +94,7 @@ def read(path: str | Path, *, trusted: bool = False, verify: bool = True) -> Con
             kernel, code = parts(name)
             if kernel not in specs or code not in codes:
                 raise ArtifactError("a kernel belongs to nothing", where=object)
-        check_launches(head.entries, head.launches, artifact.target.startswith("cuda"))
+        check_launches(head.entries, head.launches, for_gpu(artifact.target))
         sources = {name: _text(folder.read(text), text) for name, (text, _) in files.items()}
         objects = {name: folder.read(object) for name, (_, object) in files.items()}
         entries = head.entries if trusted else {}

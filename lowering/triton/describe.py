@@ -40,7 +40,7 @@ def _row(name: str, spec: KernelSpec, kernel: Built, code: Target, builder: Buil
     each = launch.loop * tile[1] / launch.products if tile and launch.products else 0.0
     tier: str = getattr(import_module(f"qcompile.lowering.triton.{TEMPLATES[spec.template]}"), "TIER", "")
     return KernelRow(
-        name, code.name.removeprefix("cuda:"), tier, tile, launch.warps, launch.stages,
+        name, code.code, tier, tile, launch.warps, launch.stages,
         launch.registers, launch.spills, launch.shared, round(each, 2),
     )  # fmt: skip
 

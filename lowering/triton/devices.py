@@ -12,7 +12,8 @@ class Device:
     `processors` are its multiprocessors, `clock` what they run at under load in Hz, `bandwidth` that of its memory in bytes/s
     and `dense` what its tensor cores do in bf16 with f32 sums, in flop/s without sparsity. `shared` is the most shared
     memory of one program and `processor_shared` that of a multiprocessor, in bytes; `warps` the most of a multiprocessor.
-    `ratio` says how much faster a dot of 8-bit numbers is than one of bf16 (1 where there is none in float).
+    `int8` and `fp8` say how much faster a dot of 8-bit numbers is than one of bf16 (1 where there is none in float), and
+    `lanes` how many lanes' instructions a multiprocessor starts at every clock.
     """
 
     name: str
@@ -26,16 +27,17 @@ class Device:
     warps: int
     int8: float = 2.0
     fp8: float = 2.0
+    lanes: int = 128
 
     @property
     def instructions(self) -> float:
-        """Instructions of one lane a second: four schedulers start one warp's each at every clock."""
-        return self.processors * 128 * self.clock
+        """Instructions of one lane a second."""
+        return self.processors * self.lanes * self.clock
 
 
 _KIB = 1024
 
-# From NVIDIA's data sheets and its table of compute capabilities.
+# From NVIDIA's data sheets and its table of compute capabilities, and AMD's data sheet and white paper of CDNA 3.
 DEVICES: dict[int, Device] = {
     device.capability: device
     for device in (
@@ -45,6 +47,7 @@ DEVICES: dict[int, Device] = {
         Device("H100 SXM", 90, 132, 1.755e9, 3.35e12, 989e12, 227 * _KIB, 228 * _KIB, 64),
         Device("B200", 100, 148, 1.85e9, 8.0e12, 2250e12, 227 * _KIB, 228 * _KIB, 64),
         Device("RTX 5090", 120, 170, 2.41e9, 1.792e12, 210e12, 99 * _KIB, 100 * _KIB, 48, int8=4.0),
+        Device("MI300X", 90402, 304, 2.1e9, 5.3e12, 1307e12, 64 * _KIB, 64 * _KIB, 32, fp8=1.0, lanes=64),
     )
 }
 

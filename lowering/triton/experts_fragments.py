@@ -60,10 +60,10 @@ class Expert(Text):
     def _ending(self, section: Section, sums: Sequence[str]) -> list[str]:
         gate, made, half = self.p.gate, list(sums), self.block_n // 2
         if gate is None or not gate.turns:
-            return ending(self.p, made, self.shape, self.block_n)
+            return ending(self.p, made, self.shape, self.block_n, self.target)
         pairs = f"tl.permute(tl.reshape({sums[0]}, [{half}, 2, {self.block_m}]), (0, 2, 1))"
         lines = [f"acc, acc_up = tl.split({pairs})", f"n = tile * {half} + tl.arange(0, {half})[:, None]"]
-        return [*lines, *ending(self.p, ["acc", "acc_up"], self.shape, half)]
+        return [*lines, *ending(self.p, ["acc", "acc_up"], self.shape, half, self.target)]
 
     def _moved(self) -> list[str]:
         """The statements that move the pointers of the weight to the expert's own."""

@@ -59,7 +59,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     for acc, stream in zip(sums, streams, strict=True):
         lines.append(f"    {acc} = tl.fma({stream.value}, tl.broadcast_to(xs, [{BLOCK_N}, {block_k}]), {acc})")
     lines += [f"{acc} = tl.sum({acc}, 1, keep_dims=True)" for acc in sums]
-    lines += ending(p, sums, p.whole, BLOCK_N)
+    lines += ending(p, sums, p.whole, BLOCK_N, target)
     about = f"{p.about}\n\nA program computes {BLOCK_N} outputs of one row, {block_k} inputs a step; d0 = rows of y."
     body = "\n".join(lines)
     text = module("experts_gather", about, [item.name for item in p.pointers], 1, body, target, functions(body))

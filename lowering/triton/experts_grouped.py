@@ -67,7 +67,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
             f"    {acc} += tl.dot({dot_operand(stream.value, params, target)}, xs)"
             for acc, stream in zip(sums, streams, strict=True)
         ),
-        *ending(p, sums, p.whole, block_n),
+        *ending(p, sums, p.whole, block_n, target),
     ]
     about = (
         f"{p.about}\n\nA program computes {block_n} outputs of {p.rows} rows that share an expert, {block_k} inputs a step;"

@@ -57,7 +57,7 @@ def weights(p: Params, number: int, block_n: int, block_k: int, target: Target, 
     return Weights(before, [*render.lines, made], f"w{suffix}")
 
 
-def ending(p: Params, sums: list[str], shape: Shape, block_n: int) -> list[str]:
+def ending(p: Params, sums: list[str], shape: Shape, block_n: int, target: Target) -> list[str]:
     """The statements that make rows of y of the f32 tensors `sums` [BN, BM], one for each of `rows_of`, and store them.
 
     `bias` points to the chosen expert's. What is added up over experts is, in kernels of one row a program, added by the
@@ -77,7 +77,7 @@ def ending(p: Params, sums: list[str], shape: Shape, block_n: int) -> list[str]:
         "inside = (m < d0)" + (f" & (n < {columns})" if ragged else ""),
         f"tl.store(y + m.to(tl.int64) * {columns} + n, {acc}, mask=inside)",
     ]
-    return [*lines, *split.add_up(shape, Section(((0, 0),), 0, columns), [acc], p.parts, store, ragged=ragged)]
+    return [*lines, *split.add_up(shape, Section(((0, 0),), 0, columns), [acc], p.parts, store, target, ragged=ragged)]
 
 
 def _gated(gate: Gate, y: str, up: str) -> list[str]:

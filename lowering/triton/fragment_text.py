@@ -137,7 +137,7 @@ class Text:
         """The statements that make y of the f32 tensors `sums` [BN, BM] and store it."""
         ragged = section.rows % self.block_n != 0
         ending = finish(self.shape, section, sums, ragged=ragged)
-        return split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)
+        return split.add_up(self.shape, section, sums, self.split_k, ending, self.target, ragged=ragged)
 
     def _by_row(self, name: str) -> str:
         made = f"{name}{self.most - 1}"

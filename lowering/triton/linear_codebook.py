@@ -172,7 +172,7 @@ class _Text:
         lines += [line for stream in streams for line in stream.total()]
         ragged, sums = section.rows % tile.outputs != 0, [stream.sum for stream in streams]
         ending = finish(self.shape, section, sums, ragged=ragged)
-        return [*lines, *split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)]
+        return [*lines, *split.add_up(self.shape, section, sums, self.split_k, ending, self.target, ragged=ragged)]
 
     def _x(self, tile: _Tile) -> list[str]:
         """The rows of x of one step, `x_tile` [inputs, BM], in memory's order."""

@@ -182,7 +182,7 @@ class _Text:
         if self.few:
             lines += [self._rows_together(name) for name in sums]
         ending = finish(self.shape, section, sums, ragged=ragged)
-        return [*lines, *split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)]
+        return [*lines, *split.add_up(self.shape, section, sums, self.split_k, ending, self.target, ragged=ragged)]
 
     def _loop(self) -> str:
         k, bk = self.shape.k, self.block_k

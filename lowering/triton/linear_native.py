@@ -27,7 +27,7 @@ from qcompile.lowering.triton.linear import Request, Shape
 from qcompile.lowering.triton.linear_params import LinearParams
 from qcompile.lowering.triton.schedule import OPEN
 from qcompile.lowering.triton.source import Source
-from qcompile.lowering.triton.text import DTYPES, FIRST_FP8, interpreted, module
+from qcompile.lowering.triton.text import DTYPES, interpreted, module
 from qcompile.lowering.triton.tiles import Schedule
 from qcompile.row_transforms import problem as row_problem
 from qcompile.target import Target
@@ -129,7 +129,7 @@ class _Text:
         self.tile = self._tile()
         self.left = self.most <= 32
         self.exact = layout.code == "int"
-        self.native = self.exact or target.capability >= FIRST_FP8
+        self.native = self.exact or target.fp8
 
     @property
     def cut(self) -> bool:
@@ -167,12 +167,12 @@ class _Text:
         sums = [f"sum{i}" for i in range(len(self.streams))]
         ragged = self.rows % self.tile.block_n != 0
         ending = finish(self.shape, section, sums, ragged=ragged)
-        lines += split.add_up(self.shape, section, sums, self.split_k, ending, ragged=ragged)
+        lines += split.add_up(self.shape, section, sums, self.split_k, ending, self.target, ragged=ragged)
         about = (
             "y[m, n] = sum of x_code[m, k] * (code[n, k] - zero) * x_scale * scale\n\n"
             f"{self.layout}\n{tile}; the weight is on the {'left' if self.left else 'right'} of the dot."
         )
-        portable = not self.native and interpreted(self.target)
+        portable = not self.native and self.target.isa != "ptx"
         helper = {"f8e4m3": _E4M3, "f8e5m2": _E5M2}[self.layout.code] if portable else ""
         body = "\n".join(lines)
         text = module("linear_native", about, names, 1, body, self.target, helper + functions(body))
@@ -280,14 +280,14 @@ class _Text:
             return codes
         if self.native:
             return f"{codes}.to({'tl.float8e4nv' if self.layout.code == 'f8e4m3' else 'tl.float8e5'}, bitcast=True)"
-        if interpreted(self.target):
-            return f"half({codes}).to(tl.float32)"
-        return packed(halves(self.layout.code), "=r,=r,r", codes, "tl.float16")
+        if self.target.isa == "ptx":
+            return packed(halves(self.layout.code), "=r,=r,r", codes, "tl.float16")
+        return f"half({codes})" + (".to(tl.float32)" if interpreted(self.target) else "")
 
     def _unpacked(self, i: int, plane: int) -> str:
         """The codes of one plane of packed bytes."""
         bits = self.layout.bits
-        if not interpreted(self.target):
+        if self.target.isa == "ptx":
             return packed(unpack(bits, plane, self.layout.zero), "=r,r", f"w{i}", "tl.int8")
         moved = f"(w{i} >> {plane * bits})" if plane else f"w{i}"
         code = f"({moved} & {(1 << bits) - 1}).to(tl.int8)"

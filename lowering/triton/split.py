@@ -11,6 +11,7 @@ from qcompile.artifact import Extent, View
 from qcompile.dims import Dim, times
 from qcompile.lowering.base import Context
 from qcompile.lowering.triton.linear import Pointer, Section, Shape
+from qcompile.target import Target
 
 LEAST = 16  # rows and columns of the smallest tile of y
 POINTERS = [Pointer("parts", "f32"), Pointer("arrivals", "i32")]
@@ -38,7 +39,14 @@ def _columns(shape: Shape) -> int:
 
 
 def add_up(
-    shape: Shape, section: Section, sums: Sequence[str], split_k: int, ending: Sequence[str], *, ragged: bool = True
+    shape: Shape,
+    section: Section,
+    sums: Sequence[str],
+    split_k: int,
+    ending: Sequence[str],
+    target: Target,
+    *,
+    ragged: bool = True,
 ) -> list[str]:
     """The statements that add the f32 tensors `sums` of all programs of a tile, and run `ending` on them in one of them.
 
@@ -55,6 +63,7 @@ def add_up(
         lines.append(f"at_{y} = m.to(tl.int64) * {shape.n} + {f'(n + {start})' if start else 'n'}")
         lines.append(f"tl.store(parts + tl.program_id(2) * whole + at_{y}, {y}, mask=inside)")
     lines += [
+        *_stored(target),
         "tl.debug_barrier()",
         "arrived = arrivals + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)",
         f"if tl.atomic_add(arrived, 1) == {split_k - 1}:",
@@ -69,3 +78,15 @@ def add_up(
             f"        {y} += {read}",
         ]
     return [*lines, *(f"    {line}" for line in ending)]
+
+
+def _stored(target: Target) -> list[str]:
+    """The statements after which what a warp has stored is where an atomic operation of another one publishes it.
+
+    AMD's barriers wait for shared memory alone, and an atomic operation for the stores of its own warp.
+    """
+    if target.isa != "gcn":
+        return []
+    wait = "s_waitcnt vmcnt(0)\\n\\tv_mov_b32 $0, $1"
+    lanes = f"[tl.arange(0, {target.warp})]"
+    return [f'tl.inline_asm_elementwise("{wait}", "=v,v,~{{memory}}", {lanes}, dtype=tl.int32, is_pure=False, pack=1)']

@@ -14,8 +14,6 @@ DTYPES: dict[str, str] = {
     "bool": "tl.int1", "f8e4m3": "tl.float8e4nv", "f8e5m2": "tl.float8e5",
 }  # fmt: skip
 
-FIRST_FP8 = 89  # the least capability that knows 8-bit floats
-
 # Triton's interpreter drops bits where a GPU rounds to the nearest, and multiplies the raw bits of bf16 in a dot.
 _ROUND_BF16 = '''
 
@@ -65,7 +63,7 @@ def as_docstring(about: str) -> str:
 
 
 def interpreted(target: Target) -> bool:
-    """Whether the text is for Triton's interpreter, which knows no machine instructions."""
+    """Whether the text is for Triton's interpreter, which gets some roundings and products wrong."""
     return target.capability == 0
 
 

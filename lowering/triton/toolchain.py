@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from qcompile.artifact import Built, Launch
 from qcompile.errors import ToolchainError
 from qcompile.lowering.triton import sass
+from qcompile.lowering.triton.devices import DEVICES
 from qcompile.lowering.triton.source import Source
 from qcompile.target import LEAST_CAPABILITY, Target
 
@@ -33,8 +34,8 @@ WORKER = Path(__file__).parent / "worker.py"
 SECONDS = 300  # what takes longer is not compiling but stuck
 PTX_VERSION = 78  # of the first driver that knows capabilities 8.9 and 9.0: whatever needs the fallback can read it
 
-# Bytes of shared memory that one block may use.
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED = {capability: gpu.shared for capability, gpu in DEVICES.items()}
+"""Bytes of shared memory that one block may use, by capability."""
 
 TYPES: dict[str, str] = {
     "f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
@@ -53,9 +54,10 @@ class Job:
         """What a worker is asked, as its page describes it."""
         source, target = self.source, self.target
         types = ["*" + TYPES[dtype] for dtype in source.pointers] + ["i32"] * source.dims
+        gpu: list[Any] = ["cuda", LEAST_CAPABILITY if target.portable else target.capability, target.warp]
         return {
             "text": source.text, "entry": source.entry, "signature": types,
-            "capability": LEAST_CAPABILITY if target.portable else target.capability,
+            "gpu": gpu if target.isa == "ptx" else ["hip", target.code, target.warp],
             "warps": source.warps, "stages": source.stages, "fusion": source.fusion,
             "ptx": PTX_VERSION if target.portable else None, "assemble": not target.portable,
         }  # fmt: skip
@@ -79,7 +81,7 @@ def _triton() -> str:
         return version("triton")
     except PackageNotFoundError as error:
         raise ToolchainError(
-            "compiling for CUDA needs Triton", found=error, remedy="pip install 'qcompile[cuda]', or target='reference'"
+            "compiling for GPUs needs Triton", found=error, remedy="pip install 'qcompile[cuda]', or target='reference'"
         ) from error
 
 
@@ -146,7 +148,8 @@ def _built(source: Source, target: Target, answer: dict[str, Any]) -> Built:
 
 def _read(made: Mapping[Job, Built]) -> dict[Job, Built]:
     """Kernels of one target with what their main loops do, where there is machine code and a loop worth looking at."""
-    read = [job for job, built in made.items() if not job.target.portable and "tl.dot(" in built.source]
+    cubins = {job: built for job, built in made.items() if job.target.isa == "ptx" and not job.target.portable}
+    read = [job for job, built in cubins.items() if "tl.dot(" in built.source]
     found = dict(zip(read, sass.profiles([made[job].object for job in read]), strict=True))
 
     def told(job: Job, built: Built) -> Built:
@@ -202,7 +205,7 @@ class _Worker:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             # What the variables of Triton and LLVM ask for would change what comes out, or where it is kept.
-            steering = ("TRITON", "MLIR", "LLVM", "PTXAS")
+            steering = ("TRITON", "MLIR", "LLVM", "PTXAS", "AMDGCN")
             environment = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
             environment["TRITON_CACHE_DIR"] = str(Path(self._folder.name) / "cache")
             with open(Path(self._folder.name) / "stderr", "w") as stderr:

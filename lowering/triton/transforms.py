@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from qcompile.dtypes import DTYPES
-from qcompile.lowering.triton.text import FIRST_FP8, cast
+from qcompile.lowering.triton.text import cast
 from qcompile.target import Target
 from qcompile.transform import Transform
 from qcompile.transforms.cast import RoundTo
@@ -260,13 +260,13 @@ class Row:
         """x rounded to a small float, saturating; NaN stays."""
         limit, (lowest, mantissa) = LARGEST[element], ELEMENTS[element]
         inside = f"tl.where({x} > {limit}, {limit}, tl.where({x} < -{limit}, -{limit}, {x}))"
-        if element == "f8e4m3" and self.target.capability >= FIRST_FP8:
+        if element == "f8e4m3" and self.target.fp8:
             return f"machine_e4m3({inside}).to(tl.float32)"
         return f"to_small({inside}, {lowest}, {mantissa})"
 
     def bits(self, x: str, element: str) -> str:
         """The bits of x, numbers of a small float of eight bits, as u8."""
-        if element == "f8e4m3" and self.target.capability >= FIRST_FP8:
+        if element == "f8e4m3" and self.target.fp8:
             return f"machine_e4m3({x}).to(tl.uint8, bitcast=True)"
         lowest, mantissa = ELEMENTS[element]
         return f"small_bits({x}, {lowest}, {mantissa}).to(tl.uint8)"

@@ -3,10 +3,11 @@
 It runs by itself (`python -P worker.py FOLDER`), imports Triton and nothing of this package, and keeps Triton's files in
 FOLDER, which its caller removes. The environment variables that steer Triton are its caller's to remove.
 
-A request has `text` (a module), `entry`, `signature` (the Triton types of its arguments, in order), `capability`, `warps`,
-`stages`, `fusion` (whether products and sums may fuse), `ptx` (the version that the PTX is written in, None for the newest)
-and `assemble` (false: the PTX is the answer, not machine code). An answer has `error`, or `object` (base64), `shared`,
-`warps`, `registers`, `spills` and `parameters`, the number of the entry's.
+A request has `text` (a module), `entry`, `signature` (the Triton types of its arguments, in order), `gpu` (what Triton calls
+it: "cuda" and the capability or "hip" and the architecture, and the threads of a warp), `warps`, `stages`, `fusion` (whether
+products and sums may fuse), `ptx` (the version that the PTX is written in, None for the newest) and `assemble` (false: the
+PTX is the answer, not machine code). An answer has `error`, or `object` (base64), `shared`, `warps`, `registers`, `spills`
+and `parameters`, the number of the entry's.
 """
 
 from __future__ import annotations
@@ -58,21 +59,26 @@ def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None)
     if not request["assemble"]:
         knobs.runtime.add_stages_inspection_hook = _without_assembler
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", request["capability"], 32), options=options)
+        made = triton.compile(source, target=GPUTarget(*request["gpu"]), options=options)
     finally:
         knobs.runtime.add_stages_inspection_hook = None
-    meta, ptx = made.metadata, made.asm["ptx"]
+    meta = made.metadata
     for name in ("global_scratch_size", "profile_scratch_size", "tensordesc_meta"):
         if getattr(meta, name, None):
             raise ValueError(f"the kernel needs {name} = {getattr(meta, name)}, which its caller would have to provide")
-    content = made.asm["cubin"] if request["assemble"] else ptx.encode()
-    registers, spills = _usage(content, file.with_suffix(".cubin")) if request["assemble"] else (0, 0)
-    if spills and most is None:
-        # The assembler keeps registers few for more programs at a time; told how many there are, it takes them before it spills.
-        return compile_kernel(request, file, most=min(255, 65536 // (32 * meta.num_warps)))
+    if "hsaco" in made.asm:
+        content, (registers, spills, parameters) = made.asm["hsaco"], _described(made.asm["amdgcn"])
+    else:
+        ptx = made.asm["ptx"]
+        content, parameters = made.asm["cubin"] if request["assemble"] else ptx.encode(), _count(r"\.param\s", ptx)
+        registers, spills = _usage(content, file.with_suffix(".cubin")) if request["assemble"] else (0, 0)
+        if spills and most is None:
+            # The assembler keeps registers few for more programs at a time; told how many there are, it takes them before it
+            # spills.
+            return compile_kernel(request, file, most=min(255, 65536 // (32 * meta.num_warps)))
     return {
         "object": base64.b64encode(content).decode(), "shared": meta.shared, "warps": meta.num_warps,
-        "registers": registers, "spills": spills, "parameters": len(re.findall(r"^\s*\.param\s", ptx, re.MULTILINE)),
+        "registers": registers, "spills": spills, "parameters": parameters,
     }  # fmt: skip
 
 
@@ -91,6 +97,20 @@ def _module(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _count(pattern: str, text: str) -> int:
+    """The lines of a text that begin with a pattern."""
+    return len(re.findall(rf"^\s*{pattern}", text, re.MULTILINE))
+
+
+def _described(amdgcn: str) -> tuple[int, int, int]:
+    """What AMD's assembly says of its kernel: registers of a thread, bytes of it in memory, and how many arguments it has."""
+    registers, spills = (
+        int(re.search(rf"^\s*\.{name}:\s*(\d+)", amdgcn, re.MULTILINE)[1])  # type: ignore[index]
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, spills, _count(r"\.value_kind:\s+(?:global_buffer|by_value)", amdgcn)
 
 
 def _usage(cubin: bytes, file: Path) -> tuple[int, int]:

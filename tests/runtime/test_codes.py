@@ -43,8 +43,7 @@ def made(tmp_path):
 
 
 def on(monkeypatch, capability):
-    for module in (targets, codes):
-        monkeypatch.setattr(module, "gpu_capability", lambda: capability)
+    monkeypatch.setattr(targets, "gpu_capability", lambda: capability)
 
 
 def test_a_folder_holds_text_and_object_of_every_code(made):
