@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu import ptx
+from gpu.ptx import inline
 
 from qcompile.dtypes import DTYPES
 from qcompile.lowering.triton.bytes import halves, unpack
@@ -15,8 +15,7 @@ BYTES = np.arange(256, dtype=np.uint8)
 
 def run(text: str, outputs: int) -> list[np.ndarray]:
     """What the PTX makes of registers with four of the bytes each."""
-    lines = [line.strip(" {}") for line in text.split(";")]
-    return ptx.run([line for line in lines if line], outputs, [BYTES.view(np.uint32)])
+    return inline([text], outputs, [BYTES.view(np.uint32)])
 
 
 @pytest.mark.parametrize(("code", "worth"), [("f8e4m3", 2.0**-8), ("f8e5m2", 1.0)])

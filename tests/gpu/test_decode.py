@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from gpu import ptx as machine
+from gpu.ptx import inline
+from gpu.ptx.values import halves, joined
 
 from qcompile.dtypes import DTYPES
 from qcompile.evaluate import dequantize
@@ -53,10 +54,10 @@ def _decoded(decode: Decode, codes: torch.Tensor, given: list[torch.Tensor]) -> 
     inputs = _registers(decode.format, _packed(decode.format, codes))
     for entry in decode.words():
         inputs += [np.full(128, entry, np.uint32)] * PACK
-    inputs += [machine.words(each.repeat_interleave(8)[:, None].expand(-1, 2), decode.compute) for each in given]
+    inputs += [joined(each.repeat_interleave(8)[:, None].expand(-1, 2).numpy(), decode.compute) for each in given]
     assert len(inputs) == len(made.inputs)
-    results = machine.run(made.lines, made.outputs, inputs)
-    values = torch.stack([machine.numbers(result, decode.compute) for result in results])
+    results = inline(made.lines, made.outputs, inputs)
+    values = torch.from_numpy(np.stack([halves(result, decode.compute) for result in results])).float()
     values = values.reshape(SLOTS, 16, 4, 2, 2)  # slot, row, c, h, e
     return values.permute(1, 0, 3, 2, 4).reshape(16, 128)
 
