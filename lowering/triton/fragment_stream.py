@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 _FUNCTIONS = '''
 @triton.jit
+def hidden_zero(word):
+    """0, which compilers do not know: no word begins with 64 zeros."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; clz.b32 t, $1; shr.u32 $0, t, 6; }", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def by_columns(c):
     """Elements [BN, 16] in memory's order, by thread, as a product of matrices has them: by eight inputs first."""
     return c.reshape(c.shape[0], 4, 2, 2).permute(0, 2, 1, 3).reshape(c.shape[0], 16)
@@ -79,9 +87,12 @@ class Stream:
             place = f"({row})[:, None] + tl.arange(0, {count})[None, :]"
             lines.append(f"c{p}_at{s} = {pointer} + {place}")
         groups = self.kernel.shape.k // self.format.group
-        # d0 >> 31 is 0, which compilers do not know: they would load constants again and again.
+        # Compilers would load constants again and again. What comes from a load has the layout of the product; what is made of
+        # scalars has not in each version of Triton, which then moves decoded weights through shared memory.
+        if self.table:
+            lines.append(f"none{s} = hidden_zero(tl.load({self.codes[0]} + tl.zeros([1, 1], tl.int32)))")
         for name, word in zip(self.table, self.way.decode.words(), strict=False):
-            lines.append(f"{name} = tl.full([1, 1], {word - (word >> 31 << 32)}, tl.int32) ^ (d0 >> 31)")
+            lines.append(f"{name} = none{s} ^ {word - (word >> 31 << 32)}")
         return [
             *lines,
             f"row{s} = block{s} * {groups * ROWS} + i % 8 * 2 + i % {ROWS} // 8",

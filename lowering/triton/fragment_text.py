@@ -117,8 +117,6 @@ class Text:
         for u in range(self.together):
             body += self._step(u, streams)
         body += [f"{name} = {name}_next" for stream in streams for name in stream.groups] * self.few
-        # A table that changes is kept beside the products by Triton; step >> 31 is 0.
-        body += [f"{name} = {name} ^ (step >> 31)" for stream in streams for name in stream.table]
         loop = f"for step in range({first}, {last}, {self.together}):"
         lines += [loop, *(f"    {line}" for line in body)]
         lines += [line for stream in streams for line in stream.after(self.late)]
