@@ -126,6 +126,8 @@ GPUS: dict[str, dict[str, int]] = {
 }
 """The machine codes of each family of GPUs: their names and capabilities."""
 VENDORS = {"cuda": "NVIDIA", "rocm": "AMD"}
+KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+"""Where Linux describes the processors and GPUs that AMD's driver knows."""
 
 
 def _gpu(family: str, *capabilities: int) -> Target:
@@ -161,8 +163,7 @@ def code_for(capability: int, codes: Sequence[Target]) -> Target | None:
 @functools.cache
 def amd_gpu() -> int | None:
     """The number of this machine's first AMD GPU (90402 is gfx942), as Linux says; None without a GPU or driver."""
-    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
-    for node in sorted(nodes, key=lambda file: int(file.parent.name)):
+    for node in sorted(KFD_NODES.glob("*/properties"), key=lambda file: int(file.parent.name)):
         with contextlib.suppress(OSError):  # of a GPU that is another container's
             number = dict(line.split() for line in node.read_text().splitlines()).get("gfx_target_version", "0")
             if int(number):  # processors are nodes too, and have none

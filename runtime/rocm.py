@@ -14,6 +14,7 @@ HIP = Interface(
     },
 )  # fmt: skip
 LIBRARY = "libamdhip64.so"
+MAPS = Path("/proc/self/maps")  # the files that this process has loaded
 
 
 class HipDriver(Driver):
@@ -29,8 +30,7 @@ class HipDriver(Driver):
 
     def _library(self) -> str:
         """The file that torch has loaded, which may be one of its own: another's streams would mean nothing to it."""
-        maps = Path("/proc/self/maps")
-        loaded = maps.read_text().splitlines() if maps.exists() else []
+        loaded = MAPS.read_text().splitlines() if MAPS.exists() else []
         return next((line.split(maxsplit=5)[5] for line in loaded if f"/{LIBRARY}" in line), LIBRARY)
 
 
