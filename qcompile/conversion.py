@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +16,7 @@ from qcompile.derive import derived
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import ConfigError, InternalError, QCompileError
 from qcompile.evaluate import dequantize
-from qcompile.export import GENERATION, export_checkpoint
+from qcompile.export import GENERATION, free_place, new_folder, write_checkpoint
 from qcompile.export_gguf import FILE, source_of
 from qcompile.format import Format, Packed
 from qcompile.formats.affine import Affine
@@ -84,6 +82,7 @@ def convert(
     """
     from qcompile.capture import capture
 
+    path = free_place(folder)
     program = capture(model)
     given = parse_config(None, program.quantization_config, program.source, program.model_config)
     if given is None:
@@ -98,19 +97,9 @@ def convert(
     chosen = parse_config(dict(config))
     assert chosen is not None  # a config is no None
     made = _Made(source, *chosen, rounded)
-    path = Path(os.path.abspath(folder))
-    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ConfigError("something else is in the way", where=str(path), expected="an empty folder, or nothing")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        export_checkpoint(made.artifact(program), made, staged / "made")
-        rows = tuple(made.proven(_written(staged / "made")))
-        if path.is_dir():
-            path.rmdir()
-        os.rename(staged / "made", path)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with new_folder(path) as staged:
+        write_checkpoint(made.artifact(program), made, staged)
+        rows = tuple(made.proven(_written(staged)))
     return Conversion(given[0].name, chosen[0].name, rows, rounded)
 
 
@@ -327,7 +316,7 @@ class _Made(Mapping[str, torch.Tensor]):
 
 
 def _written(folder: Path) -> TensorSource:
-    """What `export_checkpoint` wrote."""
+    """What `write_checkpoint` wrote."""
     file = folder / FILE
     return source_of(file) if file.exists() else SafetensorsFolder(folder)
 

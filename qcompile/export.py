@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,25 @@ def export_checkpoint(
     The folder appears as a whole or not at all. ConfigError where the method defines no checkpoint, or the layout of the
     target has lost what the method stores.
     """
+    with new_folder(free_place(folder)) as staged:
+        write_checkpoint(artifact, tensors, staged, shard_bytes)
+
+
+def free_place(folder: str | os.PathLike[str]) -> Path:
+    """The absolute path of a checkpoint to be written; ConfigError where something is already."""
     path = Path(os.path.abspath(folder))
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError("something else is in the way", where=str(path), expected="an empty folder, or nothing")
+    return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder to write to, which is put at `path` as a whole if nothing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        _write(artifact, tensors, staged, shard_bytes)
+        yield staged
         staged.chmod(0o755)
         if path.is_dir():
             path.rmdir()
@@ -93,7 +106,8 @@ class _Weights(Mapping[str, Packed]):
         return len(self.records)
 
 
-def _write(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int) -> None:
+def write_checkpoint(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the files of `export_checkpoint` to an empty folder, in no way that survives an interruption."""
     chosen = None if artifact.quantization_config is None else parse_config(artifact.quantization_config)
     weights = _Weights(artifact.weights, tensors)
     config = {name: value for name, value in artifact.model_config.items() if name != "quantization_config"}
