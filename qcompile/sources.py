@@ -90,6 +90,13 @@ def missing(name: str, source: TensorSource) -> CheckpointError:
     )
 
 
+def listing(folder: Path) -> str:
+    """What lies in a folder, for an error message."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder"
+
+
 @dataclass(frozen=True)
 class _Stored:
     path: Path
@@ -185,11 +192,10 @@ class SafetensorsFolder:
         elif (self.path / INDEX).is_file():
             self._read_shards(self.path / INDEX)
         else:
-            there = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
             raise CheckpointError(
                 "there are no weights that can be read",
                 where=str(self.path),
-                found=", ".join(there[:12]) or "no such folder",
+                found=listing(self.path),
                 expected=f"{SINGLE} or {INDEX}",
                 remedy="save the model as safetensors: pickled weights are never loaded",
             )

@@ -160,6 +160,13 @@ def test_a_folder_without_config(tmp_path):
         "  found:    notes.txt\n"
         "  expected: a folder as save_pretrained writes it"
     )
+    (tmp_path / "notes.txt").unlink()
+    assert error_of(CheckpointError, tmp_path).found == "an empty folder"
+
+
+def test_a_file_of_a_checkpoint_is_no_model(folder):
+    error = error_of(CheckpointError, folder / "model.safetensors")
+    assert (error.found, error.remedy) == ("a file .safetensors", f"pass the folder: {folder}")
 
 
 @pytest.mark.parametrize(

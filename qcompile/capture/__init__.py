@@ -55,6 +55,11 @@ def capture(
         from qcompile.capture.gguf import capture_gguf
 
         return capture_gguf(path)
+    if path.is_file():
+        raise CheckpointError(
+            "a model is a folder, or a single .gguf file", where=str(path), found=f"a file {path.suffix}".strip(),
+            expected="a folder with config.json and safetensors", remedy=f"pass the folder: {path.parent}",
+        )  # fmt: skip
     from qcompile.capture.huggingface import capture_folder
 
     return capture_folder(path if str(model) and path.is_dir() else _from_hub(str(model)))

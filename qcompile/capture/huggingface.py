@@ -24,7 +24,7 @@ from qcompile.capture.module import aliases, export, from_examples, hollow_or_er
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.experts_source import per_expert
 from qcompile.program import Program
-from qcompile.sources import ModuleState, Renamed, SafetensorsFolder, TensorSource
+from qcompile.sources import ModuleState, Renamed, SafetensorsFolder, TensorSource, listing
 
 MAX_CONFIG = 10_000_000
 _AUTO_CLASSES = (
@@ -233,11 +233,10 @@ def capture_folder(folder: Path) -> Program:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
         raise CheckpointError(
             f"there is no {path.name}",
             where=str(path.parent),
-            found=", ".join(there[:12]) or "no such folder",
+            found=listing(path.parent),
             expected="a folder as save_pretrained writes it",
         )
     if path.stat().st_size > MAX_CONFIG:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ def _parse(config: Any, *, lenient: bool) -> tuple[Method, MethodConfig]:
     if isinstance(config, str):
         try:
             config = json.loads(config)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 "a quantization config is not JSON", found=str(error), expected='{"quant_method": ...}'
             ) from None
@@ -168,5 +169,7 @@ def _differences(asked: MethodConfig, own: MethodConfig) -> list[str]:
     left, right = asked.to_dict(), own.to_dict()
     matter = [name for name in left if name not in asked.steering and name not in asked.loading]
     return [
-        f"{name}: {left[name]!r}, checkpoint {right.get(name)!r}" for name in matter if left[name] != right.get(name)
+        f"{name}: {reprlib.repr(left[name])}, checkpoint {reprlib.repr(right.get(name))}"
+        for name in matter
+        if left[name] != right.get(name)
     ]
