@@ -96,17 +96,12 @@ def wgmma(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
     to, a, b, keep, *numbers = ins.operands
     n, k, total, left, right = tensor.wgmma(ins.name)
     warps = lanes.warps(mask)
-    groups = warps.reshape(-1, 4, 32)
-    if (
-        len(warps) % 4
-        or (groups[:, 0, 0] // 32 % 4).any()
-        or (groups[:, :, 0] - groups[:, :1, 0] != np.arange(0, 128, 32)).any()
-    ):
+    if len(warps) % 4 or (warps[:, 0] // 32 % 4 != np.arange(len(warps)) % 4).any():
         raise Fault("a part of a warp group executes what all of it must")
+    groups = warps.reshape(-1, 4, 32)
     signs = [int(lanes.read(each, "s32")) for each in numbers]
-    if tensor.BITS[left] == 16 or left == "tf32":
-        if signs[:2] != [1, 1]:
-            raise Fault("products with a changed sign")
+    if (tensor.BITS[left] == 16 or left == "tf32") and signs[:2] != [1, 1]:
+        raise Fault("products with a changed sign")
     turned = signs[2:] if tensor.BITS[left] == 16 else []
     held = _held(lanes, to, total, warps)
     kept = lanes.full(keep, "pred")[warps][:, :, None]

@@ -74,7 +74,7 @@ def narrow(values: Array, name: str, finite: bool = False, zero: bool = False) -
     if name == "bf16" and not (finite or zero):
         return _bf16(values)
     magnitude = np.abs(values)
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, 1 - small.bias)
+    exponent = np.where(magnitude > 0, np.maximum(np.frexp(magnitude)[1] - 1, 1 - small.bias), 1 - small.bias)
     steps = np.ldexp(magnitude, small.fraction - exponent)
     steps = np.trunc(steps) if zero else np.rint(steps)
     # What carries out of the fraction adds one to the exponent by itself.
