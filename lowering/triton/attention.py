@@ -17,8 +17,21 @@ from qcompile.lowering.triton import attention_decode, attention_prefill, cache_
 from qcompile.lowering.triton.linear import compute_dtype
 from qcompile.lowering.triton.rows import FLOATS, GIVEN, Rows, blocks, describe, packed
 
-PART = 64  # slots of the cache that make a part worth its while
-PROGRAMS = 512  # as many parts as make about this many programs of one sequence
+
+@dataclass(frozen=True)
+class Shares:
+    """How up to `queries` new positions share out the cache among programs: in parts of `part` slots or more, whose sums are
+    written down and joined; as many as make about `programs` programs of one sequence.
+    """
+
+    queries: int
+    part: int
+    programs: int
+
+
+# The sums of a part are as many bytes as the keys and values of a few slots for each query of a key head: more queries, longer
+# parts. Beyond the last, blocks of queries are programs enough.
+SHARES = (Shares(1, 64, 512), Shares(16, 128, 256), Shares(256, 512, 128))
 
 
 def lower_cached_attention(node: Node, ctx: Context) -> None:
@@ -40,9 +53,10 @@ def lower_cached_attention(node: Node, ctx: Context) -> None:
     )  # fmt: skip
     steps = what.sizes[1]
     if isinstance(steps, int):
-        ctx.emit(*(_decode(what) if steps == 1 else _prefill(what)))
+        ctx.emit(*_calls(what, next((shares for shares in SHARES if steps <= shares.queries), None)))
     else:
-        ctx.variants([((steps, 1), _decode(what)), (None, _prefill(what))])
+        few = [((steps, shares.queries), _calls(what, shares)) for shares in SHARES]
+        ctx.variants([*few, (None, _calls(what, None))])
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,15 @@ class _Cached:
     y: View
     sizes: tuple[Dim, Dim, Dim]
 
+    @property
+    def heads(self) -> int:
+        count: int = self.shared["group"] * self.shared["kv_heads"]
+        return count
+
+    def most_parts(self, shares: Shares) -> int:
+        each: int = shares.programs // self.shared["kv_heads"]
+        return max(16, min(128, 1 << each.bit_length() - 1))
+
     def read(self, names: str, axes: tuple[int, ...]) -> tuple[dict[str, Any], list[View], list[Dim]]:
         """The rows `names` along `axes` of [B, H, S], then the tables: parameters, views, and dims."""
         found, dims = dict[str, Any](turn=None), list[Dim]()
@@ -78,57 +101,81 @@ class _Cached:
         return found, views, dims
 
 
-def _decode(what: _Cached) -> list[Call]:
-    """One query: parts of the keys side by side, then the parts joined."""
-    ctx, shared, (b, _, capacity) = what.ctx, what.shared, what.sizes
-    heads, dv = shared["group"] * shared["kv_heads"], shared["dv"]
-    most = max(16, min(128, 1 << (PROGRAMS // shared["kv_heads"]).bit_length() - 1))
-    parts = _parts(capacity, most)
-    sums, stats = ctx.temp((times(b, heads), parts, dv), "f32"), ctx.temp((times(b, heads), parts, 2), "f32")
-    read, views, dims = what.read("qkv", (0, 1))
-    params = attention_decode.Params(**shared, **read)
-    args = [*views, *what.state, what.start, sums, stats]
-    first = len(views)
-    writes = [first, first + 1, len(args) - 2, len(args) - 1]
-    attend = _call(ctx, attention_decode, params, args, [b, capacity, parts, *dims], writes)
-    join = combine.Params(heads, dv, most, **what.more)
+_Queries = tuple[Rows, View, list[Dim]]  # how they lie, where, and the strides that are given
+
+
+def _calls(what: _Cached, shares: Shares | None) -> list[Call]:
+    """The kernels for as many new positions as `shares` says, or for any number; of one position, two do everything."""
+    if shares is None:
+        q, calls = _ready(what)
+        more = what.more | {"queries": 0, "part": 0}
+        return [*calls, _attend(what, q, more, [*what.sinks, what.y], [])]
+    b, s, capacity = what.sizes
+    rows, dv, most = times(b, s, what.heads), what.shared["dv"], what.most_parts(shares)
+    parts = shared_out(capacity, shares.part, most)
+    sums, stats = what.ctx.temp((rows, parts, dv), "f32"), what.ctx.temp((rows, parts, 2), "f32")
+    if shares.queries == 1:
+        calls = [_decode(what, parts, sums, stats)]
+    else:
+        q, calls = _ready(what)
+        more = {"sinks": "", "y": "f32", "queries": shares.queries, "part": shares.part}
+        calls.append(_attend(what, q, more, [sums, stats], [parts]))
+    join = combine.Params(what.heads, dv, most, **what.more)
     args = [sums, stats, *what.sinks, what.y]
-    return [attend, _call(ctx, combine, join, args, [b, parts], [len(args) - 1])]
+    return [*calls, _call(what.ctx, combine, join, args, [times(b, s), parts], [len(args) - 1])]
 
 
-def _prefill(what: _Cached) -> list[Call]:
-    """Many queries: they are turned, keys and values go to the cache, then blocks of queries."""
+def _decode(what: _Cached, parts: Dim, sums: View, stats: View) -> Call:
+    """One query, turned, and parts of the keys; the new key and value go to the cache."""
+    b, _, capacity = what.sizes
+    read, views, dims = what.read("qkv", (0, 1))
+    params = attention_decode.Params(**what.shared, **read)
+    args, first = [*views, *what.state, what.start, sums, stats], len(views)
+    writes = [first, first + 1, len(args) - 2, len(args) - 1]
+    return _call(what.ctx, attention_decode, params, args, [b, capacity, parts, *dims], writes)
+
+
+def _ready(what: _Cached) -> tuple[_Queries, list[Call]]:
+    """Many queries, turned where they are to be, and what does that; first keys and values go to the cache."""
     ctx, shared, (b, s, capacity) = what.ctx, what.shared, what.sizes
     read, views, dims = what.read("kv", (0, 1, 2))
     names = {name: shared[name] for name in ("d", "dv", "width", "cache")}
     write = cache_write.Params(heads=shared["kv_heads"], **names, **read)
     args, first = [*views, *what.state], len(views)
     calls = [_call(ctx, cache_write, write, args, [b, s, capacity, *dims], [first, first + 1])]
-    heads, d, cache = shared["group"] * shared["kv_heads"], shared["d"], shared["cache"]
+    d, cache = shared["d"], shared["cache"]
     rows, (q, *tables), dims = what.read("q", (0, 1, 2))
-    if what.turn:
-        turned = ctx.temp((b, heads, s, d), cache)
-        turn = rope.Params(heads, d, shared["width"], rows["q"], rows["turn"], cache)
-        calls.append(_call(ctx, rope, turn, [q, *tables, turned], [b, s, *dims], [len(tables) + 1]))
-        q, dims = turned, [times(heads, s, d), times(s, d)]
-        rows["q"] = Rows(cache, (GIVEN, GIVEN, d), divisor(d))
-    attend = {name: value for name, value in shared.items() if name != "width"} | what.more
-    params = attention_prefill.Params(**attend, q=rows["q"], causal=True, k=None, v=None, mask=None, compute=cache)
+    if not what.turn:
+        return (rows["q"], q, dims), calls
+    turned = ctx.temp((b, what.heads, s, d), cache)
+    turn = rope.Params(what.heads, d, shared["width"], rows["q"], rows["turn"], cache)
+    calls.append(_call(ctx, rope, turn, [q, *tables, turned], [b, s, *dims], [len(tables) + 1]))
+    return (Rows(cache, (GIVEN, GIVEN, d), divisor(d)), turned, [times(what.heads, s, d), times(s, d)]), calls
+
+
+def _attend(what: _Cached, queries: _Queries, more: dict[str, Any], views: list[View], parts: list[Dim]) -> Call:
+    """Blocks of queries over the cache; `views` are those behind `start`."""
+    rows, q, strides = queries
+    shared = {name: value for name, value in what.shared.items() if name != "width"}
+    cached = {"causal": True, "k": None, "v": None, "mask": None, "compute": shared["cache"]}
+    params = attention_prefill.Params(**shared, **cached, **more, q=rows)
     k_cache, v_cache, past = what.state
-    args = [q, k_cache, v_cache, past, what.start, *what.sinks, what.y]
-    return [*calls, _call(ctx, attention_prefill, params, args, [b, s, capacity, *dims], [len(args) - 1])]
+    args = [q, k_cache, v_cache, past, what.start, *views]
+    writes = [index for index, name in enumerate(params.pointers) if name in attention_prefill.RESULTS]
+    return _call(what.ctx, attention_prefill, params, args, [*what.sizes, *parts, *strides], writes)
 
 
-def _parts(capacity: Dim, most: int) -> Dim:
-    """Into how many parts a cache is cut: one for every `PART` slots, or for a multiple of them so that there are at most `most`.
+def shared_out(capacity: Dim, part: int, most: int) -> Dim:
+    """Into how many parts a cache is cut: one for every `part` slots, or for a multiple of them so that there are at most `most`.
 
     >>> from qcompile.dims import evaluate
-    >>> _parts(200, 64), _parts(64 * 100, 64), evaluate(_parts("c", 64), {"c": 6400})
+    >>> shared_out(200, 64, 64), shared_out(64 * 100, 64, 64), evaluate(shared_out("c", 64, 64), {"c": 6400})
     (4, 50, 50)
     """
     if isinstance(capacity, int):
-        return blocks(capacity, PART * (1 + capacity // (PART * most)))
-    return f"({capacity} + {PART}*(1 + {capacity}//{PART * most}) - 1)//({PART}*(1 + {capacity}//{PART * most}))"
+        return blocks(capacity, part * (1 + capacity // (part * most)))
+    slots = f"{part}*(1 + {capacity}//{part * most})"
+    return f"({capacity} + {slots} - 1)//({slots})"
 
 
 def lower_attention(node: Node, ctx: Context) -> None:
@@ -176,7 +223,9 @@ def _whole_sequence(
         views.append(ctx.view(source))
     y: Any = ctx.dtype(node)
     compute = compute_dtype(ctx.program)
-    params = attention_prefill.Params(**_heads(ctx, *qkv), **what, **rows, cache="", compute=compute, y=y)
+    params = attention_prefill.Params(
+        **_heads(ctx, *qkv), **what, **rows, cache="", compute=compute, y=y, queries=0, part=0
+    )
     b, s, t = ctx.shape(qkv[0])[0], ctx.shape(qkv[0])[2], ctx.shape(qkv[1])[2]
     args = [*views, *logits, output]
     ctx.emit(_call(ctx, attention_prefill, params, args, [b, s, t, *dims], [len(args) - 1]))

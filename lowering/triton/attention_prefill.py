@@ -1,18 +1,20 @@
 """The template "attention": many queries at once in blocks, with a running softmax over blocks of keys.
 
 The rows of a block are queries x the heads that share a key head, so that a key is read once for all of them, and no group
-is padded. Blocks that see the most keys start first.
+is padded. Blocks that see the most keys start first. Where queries are few, programs share out a block's keys in parts, as
+"attention-decode" does, and "attention-combine" joins the parts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qcompile import codec
 from qcompile.artifact import Extent
-from qcompile.lowering.extents import Float, numbers, outside
+from qcompile.dims import times
+from qcompile.lowering.extents import Float, numbers, outside, require
 from qcompile.lowering.triton.attention_text import LOW, LOWEST, block_keys, dot, operand, scaled, softmax_step
 from qcompile.lowering.triton.rope import pad, read
 from qcompile.lowering.triton.rows import Rows, blocks
@@ -21,6 +23,7 @@ from qcompile.lowering.triton.text import cast, module
 from qcompile.target import Target
 
 TEMPLATE = "attention"
+RESULTS = ("y", "sums", "stats")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Params:
     (0: none), `softcap` (0: none) as in qcompile.attention. q: rows [B, heads, S, d]. k, v: rows [B, kv_heads, T, ...]; None
     for a cache of dtype `cache`, where positions begin at `past` and keys before start[b] are not seen. mask: rows
     [B, heads, S, T] of an additive mask, or bools that say which keys are seen. `sinks`: dtype of the logits that only take
-    share, "" for none. `compute`: of a dot's operands.
+    share, "" for none. `compute`: of a dot's operands. `queries`: the most that a call has (0: any number). `part`: the fewest
+    keys that make a part; 0: one program takes all keys of its queries and writes y, else the f32 sums of its part.
     """
 
     group: int
@@ -50,6 +54,8 @@ class Params:
     sinks: Literal["", "f32", "f16", "bf16"]
     compute: Float
     y: Float
+    queries: int
+    part: int
 
     @property
     def heads(self) -> int:
@@ -70,6 +76,10 @@ class Params:
                 d=1 <= self.d <= 512,
                 dv=1 <= self.dv <= 512,
                 window=0 <= self.window < 2**31,
+                queries=0 <= self.queries < 1 << 16,
+                part=0 <= self.part < 1 << 16,
+                y=not self.part or self.y == "f32",
+                sinks=not (self.part and self.sinks),  # which the kernel that joins the parts adds
                 k=(self.k is None) == bool(self.cache),
                 v=(self.v is None) == bool(self.cache),
                 floats="bool" not in [rows.dtype for name, (rows, _) in self.rows.items() if name != "mask"],
@@ -80,8 +90,15 @@ class Params:
 
     @property
     def dims(self) -> list[str]:
-        """B, S, T (the slots of a cache), then strides."""
-        return ["b", "s", "t", *(dim for name, (rows, axes) in self.rows.items() for dim in rows.given(name, axes))]
+        """B, S, T (the slots of a cache), P where keys are shared out in parts, then strides."""
+        parts = ["parts"] if self.part else []
+        return [
+            "b",
+            "s",
+            "t",
+            *parts,
+            *(dim for name, (rows, axes) in self.rows.items() for dim in rows.given(name, axes)),
+        ]
 
     @property
     def pointers(self) -> dict[str, str]:
@@ -90,7 +107,8 @@ class Params:
         masks = {"mask": self.mask.dtype} if self.mask else {}
         places = {"past": "i64", "start": "i64"} if self.cache else {}
         sinks = {"sinks": self.sinks} if self.sinks else {}
-        return {"q": self.q.dtype} | keys | masks | places | sinks | {"y": self.y}
+        results = {"sums": self.y, "stats": self.y} if self.part else {"y": self.y}
+        return {"q": self.q.dtype} | keys | masks | places | sinks | results
 
 
 def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]:
@@ -103,8 +121,11 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
     elements = {name: rows.reach(name, axes, sizes[name], dim) for name, (rows, axes) in p.rows.items()}
     if p.cache:
         elements |= {"k": b * p.kv_heads * t * p.d, "v": b * p.kv_heads * t * p.dv}
-    elements |= {"past": 1, "start": b, "sinks": p.heads, "y": b * s * p.heads * p.dv}
-    return [Extent(dtype, elements[name], name == "y") for name, dtype in p.pointers.items()]
+    if p.queries:
+        require(s <= p.queries, "there are more queries than the kernel takes", s, p.queries)
+    rows = b * s * p.heads * dim.get("parts", 1)
+    elements |= {"past": 1, "start": b, "sinks": p.heads, "y": rows * p.dv, "sums": rows * p.dv, "stats": rows * 2}
+    return [Extent(dtype, elements[name], name in RESULTS) for name, dtype in p.pointers.items()]
 
 
 @dataclass(frozen=True)
@@ -118,10 +139,17 @@ class Tile:
 
 
 def tile(p: Params, capability: int) -> Tile:
-    """The tile of a program: as many rows and keys as registers hold. f32 dots have no tensor cores to feed, and twice the bytes.
+    """The tile of a program: no more rows than a call has, in tiles that half as many warps hold."""
+    most, rows = _widest(p, capability), max(16, pad(p.queries * p.group))
+    return replace(most, rows=rows, warps=4) if p.queries and 2 * rows <= most.rows else most
 
-    There is less room where rows come to be rounded, or a number is added to each score, and where tensor cores cannot read
-    their operands from shared memory (all but those of capability 9.x and 10.x).
+
+def _widest(p: Params, capability: int) -> Tile:
+    """The tile for any number of rows: as many rows and keys as registers hold. f32 dots have no tensor cores to feed, and twice
+    the bytes.
+
+    There is less room where rows come to be rounded, a number is added to each score, or keys are shared out, and where tensor
+    cores cannot read their operands from shared memory (all but those of capability 9.x and 10.x).
     """
     width = pad(max(p.d, p.dv))
     if capability == 0:
@@ -133,8 +161,9 @@ def tile(p: Params, capability: int) -> Tile:
     if width <= 128:
         return Tile(128, 64 if roomy or width <= 64 else 32, 8, 2)
     if width <= 256:
-        return Tile(128 if roomy else 64, 16 if more else 32, 8, 1 if more else 2)
-    return Tile(16 if more else 32, 16, 8, 1)
+        rows = (128 if roomy else 64) // (2 if p.part else 1)
+        return Tile(rows, 16 if more else 32, 8 if rows > 32 else 4, 2)
+    return Tile(16 if more else 32, 16, 8, 2)
 
 
 def emit(params: dict[str, Any], target: Target) -> Source:
@@ -147,7 +176,8 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         f"if (head >= {p.kv_heads}) | (batch >= d0):",
         "    return",
         *_dims(p),
-        f"block = (d1 * {p.group} - 1) // {size.rows} - tl.program_id(0)",
+        *(["part = tl.program_id(0) % d3"] if p.part else []),
+        f"block = (d1 * {p.group} - 1) // {size.rows} - tl.program_id(0){' // d3' if p.part else ''}",
         f"row = block * {size.rows} + tl.arange(0, {size.rows})",
         f"live = (row >= 0) & (row < d1 * {p.group})",
         f"at_query = tl.minimum(tl.maximum(row // {p.group}, 0), d1 - 1)",
@@ -161,26 +191,27 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         f"total = tl.zeros([{size.rows}], tl.float32)",
         f"acc = tl.zeros([{size.rows}, {pad(p.dv)}], tl.float32)",
         f"col = tl.arange(0, {pad(p.dv)})[None, :]",
-        f"for step in range(low // {size.keys}, (high + {size.keys - 1}) // {size.keys}):",
+        f"begin, end = low // {size.keys}, (high + {size.keys - 1}) // {size.keys}",
+        *_shared_out(p),
+        f"for step in range({'begin, end, parts' if p.part else 'begin, end'}):",
         *(f"    {line}" for line in _step(p, size, target)),
-        *_sinks(p),
-        "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]",
-        f"place = ((batch * d1 + position) * {p.heads} + query) * {p.dv}",
-        f"tl.store(y + place[:, None] + col, {cast('result', p.y, target)}, mask=live[:, None] & (col < {p.dv}))",
+        f"place = (batch * d1 + position) * {p.heads} + query",
+        *(_sums(p) if p.part else _result(p, target)),
     ]
     about = (
         f"y[b, i, h] = softmax(q[b, h, i] k[b, h / {p.group}, j] * {p.scale!r} over the keys j that i sees) v[b, h /"
         f" {p.group}].\n\nA program takes {size.rows} rows of queries x heads, {size.keys} keys a step. d0 = B, d1 = S, d2 = T"
-        f"{', the slots of the cache' if p.cache else ''}."
+        f"{', the slots of the cache' if p.cache else ''}{_about_parts(p)}."
     )
     text = module("attention", about, list(p.pointers), len(p.dims), "\n".join(body), target)
-    grid = (blocks(f"d1*{p.group}", size.rows), p.kv_heads, "d0")
+    count = blocks(f"d1*{p.group}", size.rows)
+    grid = (times(count, "d3") if p.part else count, p.kv_heads, "d0")
     pointers = tuple(p.pointers.values())
     return Source(text, "attention", pointers, len(p.dims), grid, warps=size.warps, stages=size.stages)
 
 
 def _dims(p: Params) -> list[str]:
-    lines, first = [], 3
+    lines, first = [], 4 if p.part else 3
     for name, (rows, axes) in p.rows.items():
         lines += rows.lines(name, axes, first)
         first += len(rows.given(name, axes))
@@ -231,8 +262,6 @@ def _step(p: Params, size: Tile, target: Target) -> list[str]:
         "there = ((at >= first) & (at < keys))[:, None]",
         f"key_at = {key_at}",
         f"key = tl.load(k + key_at[:, None] + x_col, mask=there & (x_col < {p.d}), other=0.0)",
-        f"value_at = {value_at}",
-        f"value = tl.load(v + value_at[:, None] + col, mask=there & (col < {p.dv}), other=0.0)",
         f"score = {score if _raw(p) else scaled(score, p.scale, p.softcap)}",
         f"seen = {' & '.join(seen)}",
     ]
@@ -249,6 +278,10 @@ def _step(p: Params, size: Tile, target: Target) -> list[str]:
             f"given = tl.load(mask + {mask_at} + at[None, :], mask={live}, other=0)",
             "seen = seen & (given != 0)" if p.mask.dtype == "bool" else "score = score + given.to(tl.float32)",
         ]
+    lines += [
+        f"value_at = {value_at}",
+        f"value = tl.load(v + value_at[:, None] + col, mask=there & (col < {p.dv}), other=0.0)",
+    ]
     return [*lines, *softmax_step(p.compute, value, target, _factor(p))]
 
 
@@ -264,14 +297,49 @@ def _factor(p: Params) -> float | None:
     return (p.scale if _raw(p) else 1.0) / math.log(2)
 
 
-def _sinks(p: Params) -> list[str]:
-    if not p.sinks:
+def _about_parts(p: Params) -> str:
+    return f", d3 = P; instead of y the sums and stats of part p, which has {p.part} keys or more" if p.part else ""
+
+
+def _shared_out(p: Params) -> list[str]:
+    """Statements: of the blocks begin .. end - 1, part p takes p, p + parts ...; `parts` is less than P for few keys."""
+    if not p.part:
         return []
     return [
-        *([f"most = most * {p.scale!r}"] if _raw(p) else []),
+        f"parts = tl.minimum(d3, tl.maximum((high - low) // {p.part}, 1))",
+        "begin = tl.where(part < parts, begin + part, end)",
+    ]
+
+
+def _sums(p: Params) -> list[str]:
+    """Statements: what "attention-combine" joins; no sums where a row has seen no key."""
+    return [
+        "place = place * d3 + part",
+        "seen = live & (total > 0.0)",
+        f"tl.store(sums + (place * {p.dv})[:, None] + col, acc, mask=seen[:, None] & (col < {p.dv}))",
+        f"tl.store(stats + place * 2, {_most(p)}, mask=live)",
+        "tl.store(stats + place * 2 + 1, total, mask=live)",
+    ]
+
+
+def _result(p: Params, target: Target) -> list[str]:
+    """Statements: y, of all keys."""
+    sinks = [
+        f"most = {_most(p)}",
         "sink = tl.load(sinks + query, mask=live, other=0.0).to(tl.float32)",
         "new = tl.maximum(most, sink)",
         "keep = tl.exp(most - new)",
         "total = total * keep + tl.exp(sink - new)",
         "acc = acc * keep[:, None]",
     ]
+    return [
+        *(sinks if p.sinks else []),
+        "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]",
+        f"y_at = (place * {p.dv})[:, None] + col",
+        f"tl.store(y + y_at, {cast('result', p.y, target)}, mask=live[:, None] & (col < {p.dv}))",
+    ]
+
+
+def _most(p: Params) -> str:
+    """The text of the greatest score of each row, scaled."""
+    return f"most * {p.scale!r}" if _raw(p) else "most"

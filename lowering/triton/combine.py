@@ -1,4 +1,4 @@
-"""The template "attention-combine": the parts of a decoding attention joined, in order, into its result."""
+"""The template "attention-combine": the parts of an attention whose keys are shared out, joined in order into its result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def extents(params: Params, dims: tuple[int, ...], threads: int) -> list[Extent]
 def emit(params: dict[str, Any], target: Target) -> Source:
     """The kernel. Pointers: sums f32 [B, heads, P, dv], stats f32 [B, heads, P, 2], (sinks [heads],) y [B, heads, dv].
 
-    Dims: B, P. `sums` and `stats` as "attention-decode" writes them: the parts that have seen keys come first.
+    Dims: B (of many queries: batch x queries), P. Sums of a part that has seen no key, whose share in `stats` is 0, may be
+    anything.
     """
     p: Params = codec.decode(Params, params, TEMPLATE)
     sink = [
@@ -73,7 +74,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         f"for first in range(0, used, {STEP}):",
         f"    one = first + tl.arange(0, {STEP})",
         f"    weight = tl.exp(tl.load(stats + (row * d1 + one) * 2, mask=one < used, other={LOWEST}) - top)",
-        f"    there = (one < used)[:, None] & (col < {p.dv})[None, :]",
+        f"    there = (weight != 0.0)[:, None] & (col < {p.dv})[None, :]",
         f"    value = tl.load(sums + ((row * d1 + one) * {p.dv})[:, None] + col[None, :], mask=there, other=0.0)",
         "    acc += tl.sum(weight[:, None] * value, 0)",
         *(sink if p.sinks else []),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -54,11 +54,14 @@ def cached(window: int, softcap: float, rope: bool, sinks: bool) -> Callable[...
     return lambda q, k, v, kc, vc, past, start: call(q, k, v, kc, vc, past, start)
 
 
-def inputs(shape: tuple[int, ...], kind: tuple[Any, ...], s: int, past: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def inputs(
+    shape: tuple[int, ...], kind: tuple[Any, ...], s: int, past: int, dtype: torch.dtype, capacity: int = CAPACITY,
+    starts: Sequence[int] = (),
+) -> list[torch.Tensor]:  # fmt: skip
     (b, h, kv, d, dv, width), (_, _, rope, sinks) = shape, kind
-    k_cache, v_cache = values(b, kv, CAPACITY, d, seed=3).to(dtype), values(b, kv, CAPACITY, dv, seed=4).to(dtype)
+    k_cache, v_cache = values(b, kv, capacity, d, seed=3).to(dtype), values(b, kv, capacity, dv, seed=4).to(dtype)
     k_cache[:, :, past:], v_cache[:, :, past:] = math.nan, math.nan  # what nobody may look at
-    start = torch.tensor([0, min(past + s - 1, 7)][:b])
+    start = torch.tensor(starts or [0, min(past + s - 1, 7)][:b])
     given = [values(b, s, h, d), values(b, s, kv, d, seed=1), values(b, kv, s, dv, seed=2), k_cache, v_cache]
     given += [torch.tensor([past]), start]
     given += [values(1, s, width, seed=5), values(1, s, width, seed=6)] if rope else []
@@ -72,12 +75,13 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("shape", "kind"), cases())
-def test_cached_attention(shape: str, kind: str) -> None:
+def test_cached_attention(shape: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHARES", [shares for shares in attention.SHARES if shares.queries <= 16])
     for s, past in PLACES:
         given = inputs(SHAPES[shape], KINDS[kind], s, past, torch.float32)
         made = agrees(cached(*KINDS[kind]), given)
         turn = ["rope"] if KINDS[kind][2] else []
-        many = ["cache-write", *turn, "attention"]
+        many = ["cache-write", *turn, "attention", *(["attention-combine"] if s <= 16 else [])]
         assert made.kernels == (["attention-decode", "attention-combine"] if s == 1 else many)
 
 
@@ -90,11 +94,41 @@ def test_caches_of_16_bits(shape: str, dtype: torch.dtype) -> None:
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
-    for s, past in ((1, 70), (7, 30)):
-        given = inputs(SHAPES["groups of three"], KINDS["rope"], s, past, torch.bfloat16)
+    for s, past in ((1, 70), (7, 270)):
+        given = inputs(SHAPES["one head each, padding"], KINDS["rope"], s, past, torch.bfloat16, 300)
         made = Interpreted(program_of(cached(*KINDS["rope"]), *given))
         results = [made(*(x.clone() for x in given)) for _ in range(2)]
         assert torch.equal(*results)
+
+
+EDGES = {  # shape as above, kind as above; new positions, past, capacity, starts
+    "seven heads of one": ((2, 7, 1, 24, 20, 8), (0, 0.0, True, False), (3, 300, 320, [0, 299])),
+    "to the last slot": ((1, 5, 1, 80, 96, 0), (0, 1.5, False, True), (16, 240, 256, [0])),
+    "a window less than a block": ((1, 4, 2, 16, 16, 0), (3, 0.0, False, False), (5, 280, 300, [0])),
+    "a window over parts": ((1, 4, 2, 16, 16, 0), (270, 0.0, False, False), (16, 340, 384, [60])),
+    "queries that are padding": ((2, 4, 2, 16, 16, 0), (0, 0.0, False, True), (4, 20, 64, [24, 22])),
+    "one query that is padding": ((2, 4, 2, 16, 16, 0), (0, 0.0, False, True), (1, 20, 64, [21, 20])),
+    "one query, a window of itself": ((1, 3, 1, 16, 16, 0), (1, 0.0, False, False), (1, 128, 129, [0])),
+    "longer parts": ((1, 2, 2, 16, 16, 0), (0, 0.0, False, False), (17, 1031, 1100, [3])),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge: str) -> None:
+    """Rows that see nothing in some part, or nothing at all; ends at multiples of blocks, parts and the capacity."""
+    shape, kind, (s, past, capacity, starts) = EDGES[edge]
+    agrees(cached(*kind), inputs(shape, kind, s, past, torch.float32, capacity, starts))
+
+
+def test_few_queries_share_out_the_cache() -> None:
+    """How many parts there are follows from the number of new positions and the capacity; more than 256 take all keys each."""
+    kind = KINDS["rope"]
+    for s, parts in ((1, 11), (2, 6), (16, 6), (17, 2), (256, 2), (257, None)):
+        given = inputs(SHAPES["groups of three"], kind, s, 10, torch.bfloat16, 700)
+        lowered = Interpreted(program_of(cached(*kind), *given))
+        last = lowered.executable.steps[-1].variants[-1].calls[-1]
+        assert lowered.kernels[-1] == ("attention" if parts is None else "attention-combine")
+        assert parts is None or last.dims == (s, parts)
 
 
 def test_a_past_that_no_cache_has_writes_nothing() -> None:
@@ -113,8 +147,8 @@ def test_parts_of_a_cache() -> None:
     from qcompile.dims import evaluate
 
     for capacity in (1, 64, 65, 4095, 4096, 4097, 1 << 17, 1 << 20):
-        parts = evaluate(attention._parts("c", 64), {"c": capacity})
-        assert parts == attention._parts(capacity, 64)
+        parts = evaluate(attention.shared_out("c", 64, 64), {"c": capacity})
+        assert parts == attention.shared_out(capacity, 64, 64)
         assert 1 <= parts <= 64 and (capacity > 4095 or parts == -(-capacity // 64))
 
 

@@ -20,7 +20,7 @@ def params(d: int, kind: str) -> Params:
     heads, kv = 16, 8
     plain = Params(
         heads // kv, kv, d, d, 0.1, causal=True, window=0, softcap=0.0, q=Rows("bf16", (-1, d, heads * d), 16), k=None, v=None,
-        mask=None, cache="bf16", sinks="", compute="bf16", y="bf16",
+        mask=None, cache="bf16", sinks="", compute="bf16", y="bf16", queries=0, part=0,
     )  # fmt: skip
     if kind == "cache":
         return plain
