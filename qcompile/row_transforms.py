@@ -17,6 +17,8 @@ from qcompile.transforms.round_int import RoundInt
 
 LONGEST = 1 << 15  # inputs of a row: one program holds a row in its registers
 TOGETHER = 512  # neighbours that a kernel mixes which holds few of a row's inputs at once
+LARGEST = 128  # rows of a matrix that blocks of inputs are multiplied by
+_EACH = (Permute, RmsNorm, RoundTo, Scale)  # of each input alone, or with what is known of the whole row
 
 
 def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> str:
@@ -29,6 +31,12 @@ def problem(transforms: Sequence[Transform], k: int, *, codes: bool = False) -> 
     early = next((each for each in transforms[:-1] if reads_all_rows(each)), None)
     if early is not None:
         return f"'{early.kind}', which depends on all rows of a call, in front of another transform"
+    turns = [at for at, each in enumerate(transforms) if isinstance(each, Rotate)]
+    late = next((each for each in transforms[: max(turns, default=0)] if not isinstance(each, _EACH)), None)
+    if late is not None:
+        return f"'{late.kind}' in front of a rotation by a matrix"
+    if turns and isinstance(transforms[-1], LlmInt8):
+        return f"'{transforms[-1].kind}' behind a rotation by a matrix"
     last = len(transforms) - 1
     problems = (_problem(each, codes and at == last, at, k) for at, each in enumerate(transforms))
     return next(filter(None, problems), "")
@@ -89,8 +97,7 @@ def _problem(each: Transform, codes: bool, at: int, k: int) -> str:
                 else f"a Hadamard matrix of {each.size} over {k} inputs"
             )
         case Rotate():
-            rows = (1 << (k - 1).bit_length()) // each.size if _power(each.size, k) else 0
-            fits = k % each.size == 0 and 16 <= each.size <= 32 and rows >= 16
+            fits = k % each.size == 0 and 16 <= each.size <= LARGEST and _power(each.size, k)
             return "" if fits else f"a rotation of blocks of {each.size} of {k} inputs"
         case Scale() | RmsNorm() | RoundTo() | RoundFpQuant():
             return ""

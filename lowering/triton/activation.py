@@ -1,7 +1,8 @@
 """Rows of x as a linear wants them: the template "activation", which normalises, transforms and rounds them.
 
-One program makes one row; it holds it in its registers. The result is rows of codes with their scales, or of floats. Where
-columns with outliers stay floats (LLM.int8), those are a second result: their numbers, and zeros in all other columns.
+One program makes one row; it holds it in its registers, or a part of it where blocks of it are multiplied by a matrix. The
+result is rows of codes with their scales, or of floats. Where columns with outliers stay floats (LLM.int8), those are a second
+result: their numbers, and zeros in all other columns.
 Linear kernels of few rows do the same for themselves (`before`), with less of a row in their registers.
 
 Which columns these are depends on all rows, as the largest |x| of a call does, where there is one scale for all. With few
@@ -26,13 +27,14 @@ from qcompile.lowering.triton.transforms import Row, over
 from qcompile.row_transforms import LONGEST, TOGETHER, neighbours, problem, reads_all_rows
 from qcompile.target import Target
 from qcompile.transform import Transform, transform_from_json
-from qcompile.transforms.linear import Permute
+from qcompile.transforms.linear import Permute, Rotate
 from qcompile.transforms.llm_int8 import LlmInt8
 from qcompile.transforms.round_float import RoundFloat
 from qcompile.transforms.round_int import RoundInt
 
 TEMPLATE = "activation"
 LEAST = TOGETHER  # inputs at once: what depends on neighbours has room
+ROTATED = 4096  # inputs of a row whose blocks are multiplied by a matrix at once
 Out = Literal["codes", "f32", "bf16", "f16"]
 
 
@@ -141,10 +143,13 @@ class Text:
     """
 
     def __init__(self, p: Params, target: Target, width: int = 0, parts: int = 1):
-        self.p, self.target, self.width, self.parts = p, target, width, parts
+        self.rotates = any(isinstance(each, Rotate) for each in p.steps)
         self.block = max(1 << (p.padded // parts - 1).bit_length(), 16)
+        if self.rotates and not width:
+            width = min(max(self.block, LEAST), ROTATED)
         if width:
             self.block = min(max(self.block, LEAST), width)
+        self.p, self.target, self.width, self.parts = p, target, width, parts
         self.norms = ["norm_weight", "norm_bias"][: 0 if p.prologue is None else 1 + (p.prologue.op == "layer_norm")]
         self.stored = [[f"t{i}_{stored.name}" for stored in each.stored(p.k)] for i, each in enumerate(p.steps)]
 
@@ -213,10 +218,11 @@ class Text:
 
     def _row(self, m: str, last: bool = True) -> Row:
         """The text of row m; without its last transform if not `last`, or where that gives codes."""
-        p, place = self.p, "place" if self._permuted else "at"
-        row = Row(p.k, self.target, self.width, lines=[f"inside = at < {p.k}"])
+        p, at = self.p, "each" if self.rotates else "at"
+        place = "place" if self._permuted else at
+        row = Row(p.k, self.target, self.width, at, lines=[f"inside = {at} < {p.k}"])
         if self._permuted:
-            row.lines.append("place = tl.load(t0_order + at, mask=inside, other=0).to(tl.int32)")
+            row.lines.append(f"place = tl.load(t0_order + {at}, mask=inside, other=0).to(tl.int32)")
         row.set(f"tl.load(x + {m} * {p.k} + {place}, mask=inside, other=0)")
         if p.prologue is not None and p.prologue.op == "rms_norm":
             row.norm(p.prologue.eps, "norm_weight", f" + {p.prologue.offset!r}" if p.prologue.offset else "", place)

@@ -2,7 +2,8 @@
 
 A row is one tensor f32 [BLOCK], its first K numbers and zeros; groups of inputs are that tensor as [BLOCK / size, size].
 A row that no program holds as a whole is one such tensor after another: what is known of all the row only (a norm, a scale
-of all inputs) takes a loop over it first. Codes come out the same, bit for bit, as those of the transforms themselves:
+of all inputs) takes a loop over it first. Blocks of a row are multiplied by a matrix some inputs of each block at a time, so
+that neither has to lie in registers as a whole. Codes come out the same, bit for bit, as those of the transforms themselves:
 divisions round to the nearest, and every operation of a rounding in a 16-bit type rounds to that type.
 """
 
@@ -39,6 +40,8 @@ _ALL = {
 }
 """What is known of a tensor, and how a tensor that is so takes in another; from zeros on, which do not count."""
 
+_PIECE = 2048  # entries of a matrix that are multiplied at once
+
 
 def over(bounds: str, width: int, lines: Sequence[str]) -> list[str]:
     """A loop of `lines` over the inputs `at` from "first, last", `width` of them at a time."""
@@ -65,13 +68,15 @@ class Row:
     """The text that transforms one row: lines, one assignment each, in which `value` names what the row is now.
 
     The lines know `at`, the inputs that they are about, and `inside`, which of them there are. `width`: the row is walked so many
-    inputs at a time, after the statements `first`; 0: its lines are about all of it. `whole` names the largest |x| of all rows,
-    where the last transform depends on it.
+    inputs at a time, from `start` on, after the statements `first`; 0: its lines are about all of it. `at` is another name for
+    these inputs as long as blocks of them are to be multiplied by a matrix. `whole` names the largest |x| of all rows, where the
+    last transform depends on it.
     """
 
     k: int
     target: Target
     width: int = 0
+    at: str = "at"
     value: str = "row"
     lines: list[str] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
@@ -93,8 +98,9 @@ class Row:
         if not self.width:
             return self.let(result.format(value))
         name = f"{kind}{len(self.lines)}"
+        place = [f"{self.at} = at"] if self.at != "at" else []
         self.first.append(f"{name} = tl.zeros(({self.width},), tl.float32)")
-        self.first += over(f"0, {self.k}", self.width, [*self.lines, f"{name} = {step.format(name, value)}"])
+        self.first += over(f"0, {self.k}", self.width, [*place, *self.lines, f"{name} = {step.format(name, value)}"])
         self.first.append(f"{name} = {result.format(name)}")
         return name
 
@@ -104,9 +110,9 @@ class Row:
             case Permute():
                 pass  # the row was loaded in this order
             case Scale():
-                self.set(f"{self.value} * tl.load({tensors[0]} + at, mask=inside, other=0).to(tl.float32)")
+                self.set(f"{self.value} * tl.load({tensors[0]} + {self.at}, mask=inside, other=0).to(tl.float32)")
             case RmsNorm():
-                self.norm(each.eps, tensors[0], "")
+                self.norm(each.eps, tensors[0], "", self.at)
             case RoundTo():
                 self.set(self.rounded(self.value, each.dtype))
             case Hadamard():
@@ -114,10 +120,7 @@ class Row:
                     self.set(f"butterfly({self.value}, {1 << i})")
                 self.set(f"{self.value} * {float(each.size**-0.5)!r}")
             case Rotate():
-                a, b = f"tl.arange(0, {each.size})[:, None]", f"tl.arange(0, {each.size})[None, :]"
-                turned = self.let(f"tl.load({tensors[0]} + {a} + {b} * {each.size}).to(tl.float32)")
-                blocks = self._grouped(self.value, each.size)
-                self._flat(f"tl.dot({blocks}, {turned}, input_precision='ieee')", each.size)
+                self._rotate(each.size, tensors[0])
             case RoundInt() | RoundFloat():
                 self._round(each, tensors)
             case RoundMx():
@@ -129,7 +132,28 @@ class Row:
             case RoundFpQuant():
                 self._fp_quant(each, tensors)
 
-    def norm(self, eps: float, weight: str, offset: str, place: str = "at") -> None:
+    def _rotate(self, size: int, matrix: str) -> None:
+        """Blocks of `size` inputs times a matrix; what was done before is done to some inputs of all blocks at a time.
+
+        Products are sums of three of tf32, which AMD's tensor cores do not have: within 2^-22 of those of f32.
+        """
+        precision = "ieee" if self.target.isa == "gcn" else "tf32x3"
+        piece, blocks = min(size, _PIECE // size), f"(at.shape[0] // {size})"
+        j, i = f"(j0 + tl.arange(0, {piece}))", f"tl.arange(0, {size})[None, :]"
+        before = [
+            f"{self.at} = start + tl.arange(0, {blocks})[:, None] * {size} + {j}[None, :]",
+            *self.lines,
+            f"turned = tl.load({matrix} + {j}[:, None] + {i} * {size}).to(tl.float32)",
+            f"sums = tl.dot({self.value}, turned, sums, input_precision='{precision}')",
+        ]
+        # One piece at a time: more would be copied to shared memory ahead.
+        loop = f"for j0 in tl.range(0, {size}, {piece}, num_stages=1):"
+        self.lines = [f"sums = tl.zeros(({blocks}, {size}), tl.float32)", loop, *(f"    {line}" for line in before)]
+        self.at = "at"
+        self.lines.append(f"inside = at < {self.k}")
+        self._flat("sums", size)
+
+    def norm(self, eps: float, weight: str, offset: str, place: str) -> None:
         """Root mean square norm; `weight` is the pointer at its weights, which lie at `place`; `offset` is added to them."""
         mean = self.let(f"{self.all('sum', f'{self.value} * {self.value}')} / {self.k}")
         gain = self.let(f"tl.load({weight} + {place}, mask=inside, other=0).to(tl.float32){offset}")
