@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None)
         options["maxnreg"] = most
     if request["ptx"] is not None:
         options["ptx_version"] = request["ptx"]
-    if not request["assemble"]:
-        knobs.runtime.add_stages_inspection_hook = _without_assembler
+    old = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
+    knobs.runtime.add_stages_inspection_hook = _stages(request["assemble"], fence=old)
     try:
         made = triton.compile(source, target=GPUTarget(*request["gpu"]), options=options)
     finally:
@@ -82,13 +83,32 @@ def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None)
     }  # fmt: skip
 
 
-def _without_assembler(*arguments: Any) -> Any:
+def _stages(assemble: bool, fence: bool) -> Callable[..., Any]:
     """Triton's hook on its stages: called without arguments for a cache key, with the table of stages second otherwise."""
-    if not arguments:
-        return "ptx", "ptx"
-    stages = arguments[1]
-    stages["cubin"] = lambda ptx, metadata: b""
-    return None
+
+    def hook(*arguments: Any) -> Any:
+        if not arguments:
+            return (f"{assemble} {fence}",) * 2
+        stages = arguments[1]
+        if fence and "ptx" in stages:
+            ptx = stages["ptx"]
+            stages["ptx"] = lambda source, metadata: fenced(ptx(source, metadata))
+        if not assemble:
+            stages["cubin"] = lambda ptx, metadata: b""
+        return None
+
+    return hook
+
+
+def fenced(ptx: str) -> str:
+    """PTX whose tensor cores see what was copied to shared memory before them.
+
+    Those of 9.0 and 10.0 read it by another way than copies write it, and Triton before 3.8 has no fence between them where
+    the copy is a cp.async.
+    """
+    return re.sub(
+        r"^(?=.*\b(wgmma\.fence|tcgen05\.mma)\b)", "fence.proxy.async.shared::cta;\n", ptx, flags=re.MULTILINE
+    )
 
 
 def _module(file: Path) -> Any:

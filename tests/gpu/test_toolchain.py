@@ -12,6 +12,7 @@ from qcompile.errors import ToolchainError
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import module
 from qcompile.lowering.triton.toolchain import PTX_VERSION, compile_sources, key
+from qcompile.lowering.triton.worker import fenced
 from qcompile.target import PTX, target
 
 BODY = """
@@ -85,3 +86,14 @@ tl.store(y + rows[:, None] * 128 + cols[None, :], acc)
         compile_sources([large], target("cuda:sm_86"))
     assert "expected at most 101376 on cuda:sm_86" in error.value.found
     os.remove(error.value.where)
+
+
+def test_what_older_versions_of_triton_leave_out_is_put_in_front_of_tensor_cores():
+    """tests/gpu/ptx refuses kernels of 9.0 without it, as the PTX manual asks for it."""
+    text = "bar.sync 0;\n\twgmma.fence.sync.aligned;\n\twgmma.mma_async.sync a, b;\n@p tcgen05.mma.cta_group::1 c, d;\n"
+    fence = "fence.proxy.async.shared::cta;\n"
+    assert fenced(text) == (
+        f"bar.sync 0;\n{fence}\twgmma.fence.sync.aligned;\n\twgmma.mma_async.sync a, b;\n"
+        f"{fence}@p tcgen05.mma.cta_group::1 c, d;\n"
+    )
+    assert fenced("mma.sync.aligned.m16n8k16;\n") == "mma.sync.aligned.m16n8k16;\n"
