@@ -255,8 +255,9 @@ def run(
 @click.option("--kernel", metavar="NAME", help="Print the source of this kernel.")
 @click.option("--graph", is_flag=True, help="Print the final graph.")
 @click.option("--after", metavar="PASS", help="Print the graph after this pass.")
+@click.option("--dot", is_flag=True, help="Print the final graph for Graphviz: ... --dot | dot -Tsvg > graph.svg")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def inspect(artifact: Path, kernel: str | None, graph: bool, after: str | None, as_json: bool) -> None:
+def inspect(artifact: Path, kernel: str | None, graph: bool, after: str | None, dot: bool, as_json: bool) -> None:
     """Show what an artifact holds: every weight, kernel and fallback. Runs nothing of it."""
     from qcompile.runtime.model import CompiledModel
     from qcompile.runtime.store import read
@@ -270,6 +271,8 @@ def inspect(artifact: Path, kernel: str | None, graph: bool, after: str | None, 
         click.echo(_plain(kernels[kernel].source))
     elif graph or after is not None:
         click.echo(_plain(model.graph(after)))
+    elif dot:
+        click.echo(model.dot(), nl=False)
     elif as_json:
         click.echo(json.dumps(model.report.to_json(), indent=1))
     else:

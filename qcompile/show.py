@@ -1,4 +1,4 @@
-"""A graph as text that reads like Python, and as DOT."""
+"""A graph as text that reads like Python."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch.fx import Graph, GraphModule, Node
 from qcompile.dtypes import NAMES
 
 if TYPE_CHECKING:
-    import networkx
-
     from qcompile.program import Program
 
 
@@ -129,30 +127,3 @@ def show(program: Program) -> str:
             stored.append(f"{node.name}: {_type(tensor, sizes)} = '{node.meta['tensor']}'")
     lines = _lines(program.graph.graph, sizes, program.graph, "forward")
     return "\n".join([*stored, *([""] if stored else []), *lines]) + "\n"
-
-
-def to_networkx(program: Program) -> networkx.DiGraph:
-    """The graph's data flow: a node for each FX node, with `op`, `type` and `module` attributes."""
-    import networkx
-
-    sizes, made = _Sizes(program), networkx.DiGraph()
-    for node in program.graph.graph.nodes:
-        type_ = _type(node.meta.get("val"), sizes) if node.op != "output" else ""
-        op = _operation(node) if node.op.startswith("call") else node.op
-        made.add_node(node.name, op=op, type=type_, module=node.meta.get("module", ""))
-        made.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
-    return made
-
-
-def dot(program: Program) -> str:
-    """The data flow in the DOT language, without the stored tensors."""
-    graph = to_networkx(program)
-    lines = ["digraph program {", "  node [shape=box, fontname=monospace];"]
-    for name, data in graph.nodes(data=True):
-        if data["op"] != "get_attr":
-            label = json.dumps(f"{name}\n{data['op']}\n{data['type']}")
-            lines.append(f"  {json.dumps(name)} [label={label}];")
-    for source, target in graph.edges:
-        if graph.nodes[source]["op"] != "get_attr":
-            lines.append(f"  {json.dumps(source)} -> {json.dumps(target)};")
-    return "\n".join([*lines, "}"]) + "\n"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qcompile.artifact import KernelSpec, TransformRecord
+from qcompile.dot import dot
 from qcompile.errors import ArtifactError, ConfigError, near
 from qcompile.report import Report
 from qcompile.runtime.bounds import Bounds
@@ -254,6 +255,12 @@ class CompiledModel:
         if name not in snapshots:
             raise ConfigError(f"no graph was kept after {name!r}{near(name, snapshots)}", expected=", ".join(snapshots))
         return snapshots[name]
+
+    def dot(self) -> str:
+        """The final graph in the DOT language, which Graphviz draws."""
+        if self.artifact.graph is None:
+            raise ConfigError("the model has no graph to draw", remedy="the report's notes say why")
+        return dot(self.artifact.graph)
 
     def kernels(self) -> dict[str, Kernel]:
         """The kernels by name; those for GPUs once for each machine code, "linear_1a2b.sm_90"."""

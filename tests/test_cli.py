@@ -121,6 +121,9 @@ def test_inspect_shows_report_graph_and_kernels(artifact):
     assert "\ndef forward(input_ids: i64[b, s], " in final and "qcompile.dequantize" not in final
     before = run("inspect", artifact, "--after", "quantize")[0]
     assert "qcompile.dequantize" in before and "cached_attention" not in before
+    drawn = run("inspect", artifact, "--dot")[0]
+    assert drawn.startswith("digraph program {\n") and drawn.endswith("}\n")
+    assert '  "input_ids" [label="input_ids\\ni64[b, s]"];' in drawn and ' -> "output logits";' in drawn
     kernel = report["weights"]["lm_head"]["kernel"]
     assert "func.func @" in run("inspect", artifact, "--kernel", kernel)[0]
 

@@ -15,7 +15,7 @@ from qcompile.passes.base import Context, run_pipeline
 from qcompile.passes.graph import arguments
 from qcompile.passes.linears import linears
 from qcompile.passes.pipelines import FULL, make, pipeline
-from qcompile.show import dot, show, to_networkx
+from qcompile.show import show
 
 transformers = pytest.importorskip("transformers")
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -154,7 +154,7 @@ def test_a_causal_model_without_attention_is_no_silent_success() -> None:
         run_pipeline(made, pipeline(("add-kv-cache",)), Context(made.report))
 
 
-def test_the_text_and_the_graph_of_a_program() -> None:
+def test_the_text_of_a_program() -> None:
     made = capture(model("Llama"))
     through(made, lambda name: None)
     text = show(made)
@@ -163,6 +163,3 @@ def test_the_text_and_the_graph_of_a_program() -> None:
     )
     assert "\"rms_norm -> lanes-dense(dtype='f32')[256, 64] -> glu(silu)\")  # f32[b, s, 128]" in text
     assert "def region_0(" in text and "aten.cos" in text
-    flow = to_networkx(made)
-    assert flow.nodes["input_ids"]["type"] == "i64[b, s]" and flow.number_of_nodes() == len(made.graph.graph.nodes)
-    assert dot(made).startswith("digraph program {") and "get_attr" not in dot(made)
