@@ -1,11 +1,9 @@
-"""The pipelines: which passes run in which order, and why there; and pipelines as text."""
+"""The pipelines: which passes run in which order, and why there."""
 
 from __future__ import annotations
 
 import importlib
-import re
-from dataclasses import fields
-from typing import Any, cast
+from typing import cast
 
 from qcompile.errors import ConfigError, near
 from qcompile.passes.base import Pass
@@ -82,49 +80,13 @@ CHECKED: tuple[str, ...] = (
 )
 """The shortest pipeline that gives a model that runs: nothing is fused, every operator is as the model wrote it."""
 
-_ITEM = re.compile(r"\s*([a-z][a-z-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
-
-def make(name: str, **options: Any) -> Pass:
-    """The pass called `name` with these options; ConfigError for an unknown name or option."""
+def make(name: str) -> Pass:
+    """The pass called `name`, with its default options; ConfigError for an unknown name."""
     if name not in PASSES:
         raise ConfigError(f"unknown pass{near(name, PASSES)}", found=repr(name), expected=", ".join(PASSES))
     module, attribute = PASSES[name].split(":")
-    cls = getattr(importlib.import_module(module), attribute)
-    known = {field.name.replace("_", "-"): field.name for field in fields(cls)}
-    for option in options:
-        if option not in known:
-            expected = ", ".join(known) or "no options"
-            raise ConfigError(f"the pass '{name}' has no option '{option}'{near(option, known)}", expected=expected)
-    return cast(Pass, cls(**{known[option]: value for option, value in options.items()}))
-
-
-def parse_pipeline(text: str) -> tuple[Pass, ...]:
-    """The passes that a text such as "fuse-dequantize,merge-linears{max-members=3}" names; options are whole numbers.
-
-    >>> parse_pipeline("normalise, merge-linears{max-members=3}")
-    (Normalise(), MergeLinears(max_members=3))
-    """
-    passes, at = [], 0
-    while at < len(text.rstrip()):
-        match = _ITEM.match(text, at)
-        if match is None:
-            raise ConfigError("not a pipeline", found=repr(text[at:]), expected="pass,pass{option=number},...")
-        passes.append(make(match[1], **_options(match[1], match[2] or "")))
-        at = match.end()
-    return tuple(passes)
-
-
-def _options(name: str, text: str) -> dict[str, int]:
-    options = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        option, _, value = (part.strip() for part in item.partition("="))
-        if not re.fullmatch(r"-?\d+", value):
-            raise ConfigError(
-                f"an option of the pass '{name}' is no whole number", found=repr(item), expected="option=number"
-            )
-        options[option] = int(value)
-    return options
+    return cast(Pass, getattr(importlib.import_module(module), attribute)())
 
 
 def pipeline(names: tuple[str, ...] = FULL) -> tuple[Pass, ...]:
