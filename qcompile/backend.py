@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from qcompile.format import Format, Packed
-from qcompile.formats.fragments import ROWS, Fragments, fragments_for
+from qcompile.formats.fragments import ROWS, Fragments, fragments_for, fragments_form
 from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for, lanes_form
 from qcompile.formats.native import Native, native_for
 from qcompile.integer_sums import treatment_problem
@@ -20,6 +20,8 @@ from qcompile.transform import Transform
 from qcompile.transforms.llm_int8 import LlmInt8
 from qcompile.transforms.round_int import RoundInt
 from qcompile.transforms.sparse import Sparse
+
+NVIDIA_ALONE = "there is a layout for NVIDIA's tensor cores alone"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Backend(Protocol):
         """
         ...
 
+    def form(self, format: Format, n: int, k: int) -> Format | str:
+        """The layout of a weight [n, k] in `format` whose inputs nothing is done to, from the format alone; or why it stays."""
+        ...
+
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         """Why weights of these (format, N) with equal K cannot be one linear; None when they can."""
         ...
@@ -106,6 +112,9 @@ class ReferenceBackend:
 
     def layout(self, packed: Packed, before: Sequence[Transform] = ()) -> Layout:
         return Layout(packed)
+
+    def form(self, format: Format, n: int, k: int) -> Format | str:
+        return format
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         return None
@@ -157,6 +166,9 @@ class CpuBackend:
             return Layout(packed, reason="groups of its inputs are rounded together, so they keep their order")
         return Layout(*found)
 
+    def form(self, format: Format, n: int, k: int) -> Format | str:
+        return lanes_form(format, n, k)
+
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         first = parts[0][0]
         for format_, _ in parts:
@@ -205,8 +217,11 @@ class CudaBackend:
         native = native_for(packed, before)
         if not isinstance(native, str):
             return Layout(native)
-        found = fragments_for(packed) if self.fragments else "the order of tensor cores that there is is NVIDIA's"
+        found = fragments_for(packed) if self.fragments else NVIDIA_ALONE
         return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
+
+    def form(self, format: Format, n: int, k: int) -> Format | str:
+        return fragments_form(format, n, k) if self.fragments else NVIDIA_ALONE
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:
         first = parts[0][0]

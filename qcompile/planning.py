@@ -11,8 +11,6 @@ from qcompile.backend import backend_for
 from qcompile.errors import QCompileError
 from qcompile.format import Format
 from qcompile.formats.dense import Dense
-from qcompile.formats.fragments import fragments_form
-from qcompile.formats.lanes import lanes_form
 from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.index import parse_config
 from qcompile.original import beside
@@ -143,7 +141,7 @@ def _row(module: Module, found: Quantized | Skip | QCompileError, linears: Stand
     layout, why, tier = format_, "", "eager"
     if linears.target.backend != "reference":
         if module.kind != "Embedding":
-            formed = (lanes_form if linears.target.backend == "cpu" else fragments_form)(format_, n, k)
+            formed = linears.backend.form(format_, n, k)
             layout, why = (format_, formed) if isinstance(formed, str) else (formed, "")
         layout, before = linears.treated(module, found, layout)
         tier = linears.tier(module, layout, before)
