@@ -23,6 +23,7 @@ from qcompile.target import Target
 
 TEMPLATE = "attention-decode"
 DOT_ROWS = 16  # of the smallest tile that tensor cores take
+MOST_SUMS = 64 * 128  # rows x columns that the registers of four warps hold, with all that is around them
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,18 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     )
     text = module("attention_decode", about, list(p.pointers), len(p.dims), "\n".join(body), target)
     grid = ("d2", p.kv_heads, "d0")
-    return Source(text, "attention_decode", tuple(p.pointers.values()), len(p.dims), grid, stages=2)
+    pointers, sums = tuple(p.pointers.values()), _rows(p) * pad(max(p.d, p.dv))
+    return Source(text, "attention_decode", pointers, len(p.dims), grid, warps=4 if sums <= MOST_SUMS else 8, stages=2)
 
 
 def _keys(p: Params) -> int:
     """Slots of a block; a head of its own keeps a sum for each."""
     return block_keys(p.d, p.dv, 32 if p.group == 1 else 64)
+
+
+def _rows(p: Params) -> int:
+    """Rows of the tile of a group."""
+    return max(pad(p.group), DOT_ROWS)
 
 
 def _dims(p: Params) -> list[str]:
@@ -205,7 +212,7 @@ def _indented(lines: list[str]) -> list[str]:
 
 def _group(p: Params, target: Target) -> list[str]:
     """The heads of a group as the rows of a dot."""
-    rows, columns = max(pad(p.group), DOT_ROWS), pad(p.dv)
+    rows, columns = _rows(p), pad(p.dv)
     key, value = (operand(name, p.cache, p.cache, target) for name in ("key", "value"))
     return [
         *_query(p, rows),
