@@ -13,28 +13,26 @@ from torch.fx import Node
 from qcompile.artifact import Buffer, Call, Executable, Port
 from qcompile.dtypes import NAMES
 from qcompile.errors import InternalError, LoweringError
-from qcompile.lowering.base import Context, Copier, Refuse
+from qcompile.lowering.base import Context, Refuse
+from qcompile.lowering.pointwise import copier
 from qcompile.lowering.symbolic import Strided, size
 from qcompile.lowering.views import VIEWS
 from qcompile.program import Program
+from qcompile.target import Target
 
-Rule = Callable[[Node, Context], None]
+RuleFor = Callable[[Node], Callable[[Node, Context], None] | None]
+"""A backend's rule for a node; None where it has none."""
 
 
 def lower(
-    program: Program,
-    target: Any,
-    accuracy: str,
-    rule_for: Callable[[Node], Rule | None],
-    copier: Copier,
-    *,
-    strict: bool = False,
+    program: Program, target: Target, accuracy: str, *, strict: bool = False
 ) -> tuple[Executable, dict[str, torch.Tensor]]:
     """The executable of `program`, and its weight tensors by buffer name.
 
-    `rule_for` gives the backend's rule for a node, or None. A node that has none, or whose rule refuses, runs through
-    ATen: that is a fallback in the report, and a LoweringError under `strict`.
+    A node for which the target has no rule, or whose rule refuses, runs through ATen: that is a fallback in the report,
+    and a LoweringError under `strict`.
     """
+    rule_for = _rules(target)
     ctx = Context(program, target, accuracy, copier)
     _placeholders(program, ctx)
     for node in program.graph.graph.nodes:
@@ -64,6 +62,14 @@ def lower(
     return executable, {name: tensor for name, tensor in ctx.weights.items() if name in used}
 
 
+def _rules(target: Target) -> RuleFor:
+    if target.backend == "cuda":
+        from qcompile.lowering.triton.rules import rule_for
+    else:
+        from qcompile.lowering.mlir.rules import rule_for
+    return rule_for
+
+
 def _placeholders(program: Program, ctx: Context) -> None:
     """Inputs and states get buffers of their names; the symbols in their shapes get the names of the sizes."""
     nodes = program.graph.graph.find_nodes(op="placeholder")
@@ -89,7 +95,7 @@ def _tensor(node: Node, ctx: Context) -> None:
     ctx.values[node] = Strided.contiguous_in(name, NAMES[tensor.dtype], tensor.shape)
 
 
-def _operation(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None], strict: bool) -> None:
+def _operation(node: Node, ctx: Context, rule_for: RuleFor, strict: bool) -> None:
     reason = "no rule"
     before = len(ctx.steps)
     try:
@@ -122,7 +128,7 @@ def _operation(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None]
     _aten(node, ctx)
 
 
-def _inline(node: Node, ctx: Context, rule_for: Callable[[Node], Rule | None], strict: bool) -> None:
+def _inline(node: Node, ctx: Context, rule_for: RuleFor, strict: bool) -> None:
     """A region that its rule refused, one operation after another."""
     module = ctx.program.graph.get_submodule(str(node.target))
     assert isinstance(module, torch.fx.GraphModule)

@@ -14,10 +14,11 @@ from qcompile.capture import capture
 from qcompile.errors import ConfigError, LoweringError
 from qcompile.export import remember
 from qcompile.graphjson import graph_of
+from qcompile.lowering.lower import lower
 from qcompile.lowering.triton.linear import compute_dtype
 from qcompile.methods.index import parse_config
 from qcompile.passes.base import Context, run_pipeline
-from qcompile.passes.pipelines import CHECKED, FULL, pipeline
+from qcompile.passes.pipelines import CHECKED, FULL, make, pipeline
 from qcompile.planning import BYTES_AT_WORK, check
 from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.cache import build_kernels
@@ -31,8 +32,6 @@ from qcompile.target import Target
 from qcompile.target import target as target_of
 
 if TYPE_CHECKING:
-    import torch
-
     from qcompile.artifact import Built
     from qcompile.program import Program
     from qcompile.report import Report
@@ -82,10 +81,7 @@ def compile(
     Errors: ConfigError, CheckpointError, CaptureError, LoweringError, ToolchainError; see `qcompile.errors`.
     """
     place = target_of(target)
-    if schedules is not None and place.backend != "cuda":
-        raise ConfigError("only kernels for CUDA have schedules", where="schedules", found=f"target {place.name}")
-    if accuracy not in ("exact", "int8"):
-        raise ConfigError("no such accuracy", where="accuracy", found=repr(accuracy), expected="'exact' or 'int8'")
+    _check_arguments(place, accuracy, strict, schedules, print_after)
     if isinstance(model, str | os.PathLike) and progress is not None:
         progress("capture", str(model))
     if max_memory is not None:
@@ -94,25 +90,19 @@ def compile(
     report = program.report
     report.target, report.accuracy = place.name, accuracy
     if accuracy == "int8" and place.backend != "cpu":
-        if strict:
-            raise ConfigError(
-                "this target computes exactly", where="accuracy", found="'int8'", expected=f"'exact' for {place.name}"
-            )
         report.note(f"accuracy 'int8' is for CPUs: on {place.name} linears compute exactly")
     chosen = parse_config(config, program.quantization_config, program.source, program.model_config)
     method, parsed = chosen or (None, None)
-    backend = backend_for(place, accuracy, compute_dtype(program))
-    stage = None if work is None else Stage(Path(work))
     ctx = Context(
         report,
-        backend,
+        backend_for(place, accuracy, compute_dtype(program)),
         method,
         parsed,
         fuel,
         frozenset("*"),
         show=_only(print_after, show),
         progress=progress,
-        stage=stage,
+        stage=None if work is None else Stage(Path(work)),
     )
     check(program, ctx)
     if max_memory is not None:
@@ -124,7 +114,7 @@ def compile(
     tensors, executable, kernels = program.tensors | lost, None, dict[str, "Built"]()
     bounds: Bounds | None = None
     if place.backend != "reference":
-        executable, weights = _lower(program, place, accuracy, strict)
+        executable, weights = lower(program, place, accuracy, strict=strict)
         tensors |= weights
         if place.backend == "cuda" and (found := waiting(executable)):
             report.note(f"decode steps are launched call by call, not as one CUDA graph: {', '.join(found)} waits")
@@ -153,6 +143,23 @@ def compile(
         threads=threads,
         bounds=bounds,
     )
+
+
+def _check_arguments(
+    place: Target, accuracy: str, strict: bool, schedules: object, print_after: Collection[str]
+) -> None:
+    """ConfigError for arguments that are wrong whatever the model is."""
+    if schedules is not None and place.backend != "cuda":
+        raise ConfigError("only kernels for CUDA have schedules", where="schedules", found=f"target {place.name}")
+    if accuracy not in ("exact", "int8"):
+        raise ConfigError("no such accuracy", where="accuracy", found=repr(accuracy), expected="'exact' or 'int8'")
+    if strict and accuracy == "int8" and place.backend != "cpu":
+        raise ConfigError(
+            "this target computes exactly", where="accuracy", found="'int8'", expected=f"'exact' for {place.name}"
+        )
+    for name in print_after:
+        if name != "*":
+            make(name)
 
 
 def _spill(program: Program, max_memory: int, folder: str | os.PathLike[str] | None) -> None:
@@ -184,26 +191,10 @@ def _has_effect(report: Report) -> None:
 
 
 def _only(names: Collection[str], show: Callable[[str, str], None] | None) -> Callable[[str, str], None] | None:
-    """`show` for the passes called `names`; a name that no pass has is a ConfigError."""
-    from qcompile.passes.pipelines import make
-
-    for name in names:
-        if name != "*":
-            make(name)
+    """`show` for the passes called `names`."""
     if show is None:
         return None
     return lambda name, text: show(name, text) if "*" in names or name in names else None
-
-
-def _lower(program: Program, place: Target, accuracy: str, strict: bool) -> tuple[Executable, dict[str, torch.Tensor]]:
-    from qcompile.lowering.lower import lower
-    from qcompile.lowering.pointwise import copier
-
-    if place.backend == "cuda":
-        from qcompile.lowering.triton.rules import rule_for
-    else:
-        from qcompile.lowering.mlir.rules import rule_for
-    return lower(program, place, accuracy, rule_for, copier, strict=strict)
 
 
 def _build(

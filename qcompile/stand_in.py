@@ -94,12 +94,7 @@ class StandIns:
     def _lowered(self, module: Module, layout: Format, before: Sequence[Transform]) -> str:
         """Lowers a program of this linear or embedding alone, whose tensors have no memory."""
         from qcompile.lowering.lower import lower
-        from qcompile.lowering.pointwise import copier
 
-        if self.target.backend == "cuda":
-            from qcompile.lowering.triton.rules import rule_for
-        else:
-            from qcompile.lowering.mlir.rules import rule_for
         n, k = module.n, module.k
         stored = {f"weight.{s.name}": s for s in layout.stored(n, k)}
         extras = {f"x.{i}.{s.name}": s for i, each in enumerate(before) for s in each.stored(k)}
@@ -135,5 +130,5 @@ class StandIns:
             outputs=("y",), sizes={}, tensors=tensors, source=source, ledger=Ledger(source), report=report,
             model_config=self.program.model_config, weights={module.path: record},
         )  # fmt: skip
-        lower(alone, self.target, "exact", rule_for, copier)
+        lower(alone, self.target, "exact")
         return report.weights[module.path].tier

@@ -17,8 +17,6 @@ from qcompile.format import Format
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir import templates, toolchain
 from qcompile.lowering.mlir.build import Builder
-from qcompile.lowering.mlir.rules import rule_for
-from qcompile.lowering.pointwise import copier
 from qcompile.ops import LinearSpec, Part
 from qcompile.program import Program
 from qcompile.runtime.bounds import Bounds
@@ -98,7 +96,7 @@ def build(executable: Executable, target: Target) -> dict[str, Built]:
 
 def executable_of(made: Program, target: Target) -> tuple[Executable, Tensors]:
     """The lowered program; LoweringError if anything needs ATen."""
-    return lower(made, target, "exact", rule_for, copier, strict=True)
+    return lower(made, target, "exact", strict=True)
 
 
 def native_run(

@@ -18,8 +18,6 @@ from qcompile.backend import ReferenceBackend
 from qcompile.dtypes import NAMES
 from qcompile.lowering.lower import lower
 from qcompile.lowering.mlir.build import Builder
-from qcompile.lowering.mlir.rules import rule_for
-from qcompile.lowering.pointwise import copier
 from qcompile.passes.base import Context, Pass, run_pipeline
 from qcompile.program import Input, Program
 from qcompile.runtime.bounds import Bounds
@@ -60,7 +58,7 @@ class Lowered:
         self.program = given
         if passes:
             run_pipeline(self.program, passes, Context(self.program.report, ReferenceBackend(regions=True)))
-        self.executable, weights = lower(self.program, native(), "exact", rule_for, copier, strict=True)
+        self.executable, weights = lower(self.program, native(), "exact", strict=True)
         kernels = {
             name: _built(json.dumps([spec.template, spec.params])) for name, spec in self.executable.kernels.items()
         }

@@ -14,9 +14,7 @@ from qcompile.artifact import Call, Executable, View
 from qcompile.dims import evaluate
 from qcompile.dtypes import DTYPES, NAMES
 from qcompile.lowering.lower import lower
-from qcompile.lowering.pointwise import copier
 from qcompile.lowering.triton import templates
-from qcompile.lowering.triton.rules import rule_for
 from qcompile.program import Input, Program
 from qcompile.report import Report
 from qcompile.sources import Ledger, ModuleState
@@ -50,7 +48,7 @@ class Interpreted:
     def __init__(self, program: Program):
         self.program = program
         self.executable: Executable
-        self.executable, self.weights = lower(program, INTERPRETED, "exact", rule_for, copier, strict=True)
+        self.executable, self.weights = lower(program, INTERPRETED, "exact", strict=True)
 
     @property
     def kernels(self) -> list[str]:
