@@ -157,6 +157,7 @@ WHOLE = {  # batch, heads, key heads, D, Dv; causal, window, softcap, sinks
     "all": ((2, 2, 2, 16, 16), (False, 0, 0.0, False)),
     "causal window, sinks": ((1, 3, 1, 12, 12), (True, 5, 0.0, True)),
     "window, cap": ((1, 4, 2, 20, 16), (False, 6, 3.0, True)),
+    "seven heads of one, a window of itself": ((1, 7, 1, 80, 96), (True, 1, 0.0, False)),
 }
 
 
@@ -181,6 +182,10 @@ MASKS: dict[str, Callable[..., torch.Tensor]] = {
     "minus infinity": lambda b, h, s, t: torch.where(values(1, h, s, t) > 1.0, -math.inf, values(1, h, s, t)),
     "lowest": lambda b, h, s, t: torch.where(values(b, 1, 1, t) > 0.0, torch.finfo(torch.float32).min, 0.0),
     "rows": lambda b, h, s, t: values(s, t),
+    "bool, rows of nothing": lambda b, h, s, t: values(b, 1, s, 1) > torch.where(torch.arange(t) < 9, 0.0, 2.0),
+    "minus infinity, rows of nothing": lambda b, h, s, t: torch.where(
+        values(b, 1, s, 1) > 0.0, values(s, t), -math.inf
+    ),
 }
 
 
