@@ -26,7 +26,7 @@ from qcompile.runtime.codes import build_codes
 from qcompile.runtime.cuda_session import waiting
 from qcompile.runtime.model import CompiledModel
 from qcompile.runtime.store import Contents
-from qcompile.sources import unmap
+from qcompile.safetensors_folder import unmap
 from qcompile.staging import Spilled, Stage, give_back_freed_memory
 from qcompile.target import Target
 from qcompile.target import target as target_of

@@ -24,7 +24,8 @@ from qcompile.formats.dense import Dense
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.methods.index import parse_config
 from qcompile.repack import different, repack, weights
-from qcompile.sources import SafetensorsFolder, TensorInfo, TensorSource
+from qcompile.safetensors_folder import SafetensorsFolder
+from qcompile.sources import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     from qcompile.program import Program

@@ -14,8 +14,9 @@ from qcompile.dims import Dim
 from qcompile.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from qcompile.ledger import Ledger
     from qcompile.report import Report
-    from qcompile.sources import Ledger, TensorSource
+    from qcompile.sources import TensorSource
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import INDEX, SAFETENSORS_DTYPES, SINGLE
+from qcompile.safetensors_folder import INDEX, SAFETENSORS_DTYPES, SINGLE
 
 SHARD_BYTES = 5 * 10**9
 CHUNK = 2**24

@@ -18,11 +18,12 @@ from qcompile.dtypes import DTYPES, NAMES
 from qcompile.errors import QCompileError
 from qcompile.format import Format, Packed
 from qcompile.formats.native import Native
+from qcompile.ledger import Ledger
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.ops import LinearSpec, Part
 from qcompile.program import Input, Module, Program, WeightRecord
 from qcompile.report import Report, WeightRow
-from qcompile.sources import Ledger, Wrapper
+from qcompile.sources import Wrapper
 from qcompile.target import Target
 from qcompile.transform import Transform
 

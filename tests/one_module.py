@@ -16,7 +16,7 @@ from qcompile.format import Packed
 from qcompile.methods.base import Method, MethodConfig, Quantized
 from qcompile.methods.index import parse_config
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 from qcompile.transform import Applied, effective_weight
 
 Tensors = dict[str, torch.Tensor]

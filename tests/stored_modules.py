@@ -17,7 +17,7 @@ from qcompile.format import Packed
 from qcompile.methods.base import Method, MethodConfig, Quantized
 from qcompile.methods.index import parse_config
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 

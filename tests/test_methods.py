@@ -18,6 +18,7 @@ from qcompile.capture.module import weight_modules
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.evaluate import dequantize
 from qcompile.formats.tables import entries
+from qcompile.ledger import Ledger
 from qcompile.methods import skip
 from qcompile.methods.awq import AwqConfig
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
@@ -28,7 +29,8 @@ from qcompile.methods.gptq import GptqConfig
 from qcompile.methods.hqq import HqqConfig, tag
 from qcompile.methods.index import method, parse_config
 from qcompile.program import Module
-from qcompile.sources import Ledger, ModuleState, SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
+from qcompile.sources import ModuleState
 
 N, K = 64, 128
 

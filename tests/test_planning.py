@@ -49,7 +49,7 @@ def test_a_plan_is_what_comes(config: dict[str, object] | None, target: str) -> 
 
 
 def test_a_plan_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcompile.sources import SafetensorsFolder
+    from qcompile.safetensors_folder import SafetensorsFolder
 
     tiny_models.decoder("llama").save_pretrained(tmp_path)
     monkeypatch.setattr(SafetensorsFolder, "read", lambda *_: pytest.fail("a tensor was read"))
@@ -60,7 +60,7 @@ def test_a_plan_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @checkpoints.parametrize("quark-int8-w8a8")
 def test_what_happens_to_x_is_seen_without_a_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcompile.sources import SafetensorsFolder
+    from qcompile.safetensors_folder import SafetensorsFolder
 
     monkeypatch.setattr(SafetensorsFolder, "read", lambda *_: pytest.fail("a tensor was read"))
     rows = qcompile.plan(folder, target="cuda:sm_90").rows

@@ -25,7 +25,7 @@ from qcompile.methods.gptq import GptqConfig, find
 from qcompile.methods.hqq import HqqConfig, HqqLayer, optimize
 from qcompile.methods.index import method, parse_config
 from qcompile.pack import unpack
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

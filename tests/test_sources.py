@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import Ledger, ModuleState, Renamed, SafetensorsFolder, TensorInfo
+from qcompile.ledger import Ledger
+from qcompile.safetensors_folder import SafetensorsFolder
+from qcompile.sources import ModuleState, Renamed, TensorInfo
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),

@@ -11,10 +11,11 @@ from torch.export import Dim, export
 from qcompile.capture.flatten import flatten
 from qcompile.capture.module import aliases, weight_modules
 from qcompile.dtypes import NAMES
+from qcompile.ledger import Ledger
 from qcompile.passes.base import Context, Pass, check, run_pipeline
 from qcompile.program import Input, Program
 from qcompile.report import Report
-from qcompile.sources import Ledger, ModuleState
+from qcompile.sources import ModuleState
 
 
 def program(module: torch.nn.Module, *examples: torch.Tensor, dynamic: dict[int, str] | None = None) -> Program:

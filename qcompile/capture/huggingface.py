@@ -24,7 +24,8 @@ from qcompile.capture.module import aliases, export, from_examples, hollow_or_er
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.experts_source import per_expert
 from qcompile.program import Program
-from qcompile.sources import ModuleState, Renamed, SafetensorsFolder, TensorSource, listing
+from qcompile.safetensors_folder import SafetensorsFolder
+from qcompile.sources import ModuleState, Renamed, TensorSource, listing
 
 MAX_CONFIG = 10_000_000
 _AUTO_CLASSES = (

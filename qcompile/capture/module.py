@@ -22,10 +22,11 @@ from qcompile.capture.flatten import flatten
 from qcompile.dims import Dim
 from qcompile.dtypes import NAMES
 from qcompile.errors import CaptureError, QCompileError
+from qcompile.ledger import Ledger
 from qcompile.methods.skip import matches
 from qcompile.program import Input, Module, Program
 from qcompile.report import Report
-from qcompile.sources import Ledger, ModuleState, TensorSource, dtype_name
+from qcompile.sources import ModuleState, TensorSource, dtype_name
 
 MOST = 2**31 - 1
 

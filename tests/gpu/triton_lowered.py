@@ -13,11 +13,12 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from qcompile.artifact import Call, Executable, View
 from qcompile.dims import evaluate
 from qcompile.dtypes import DTYPES, NAMES
+from qcompile.ledger import Ledger
 from qcompile.lowering.lower import lower
 from qcompile.lowering.triton import templates
 from qcompile.program import Input, Program
 from qcompile.report import Report
-from qcompile.sources import Ledger, ModuleState
+from qcompile.sources import ModuleState
 from qcompile.target import target
 
 INTERPRETED = target("cuda:interpret")

@@ -21,7 +21,7 @@ from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.bitnet import BitNet, BitNetConfig, pack_rows, unpack_rows
 from qcompile.methods.index import parse_config
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 BIT, N, K = BitNet(), 8, 24
 AUTO = BitNetConfig(linear_class="autobitlinear")

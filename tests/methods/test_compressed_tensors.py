@@ -23,7 +23,7 @@ from qcompile.methods.compressed_tensors_config import CompressedTensorsConfig
 from qcompile.methods.index import method, parse_config
 from qcompile.program import Module
 from qcompile.repack import repack
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 CT = method("compressed-tensors")
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}

@@ -11,7 +11,7 @@ from stored_modules import call, read
 
 import qcompile
 from qcompile.methods.index import parse_config
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.higgs import Higgs, HiggsConfig
 from qcompile.methods.index import parse_config
 from qcompile.pack import unpack
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 HIGGS = Higgs()
 SMALL = HiggsConfig(hadamard_size=64, group_size=64)

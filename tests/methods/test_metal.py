@@ -20,7 +20,7 @@ from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.index import method, parse_config
 from qcompile.methods.metal import Metal, MetalConfig
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 N, K = 8, 64
 

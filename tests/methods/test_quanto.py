@@ -23,7 +23,7 @@ from qcompile.methods.base import Quantized, Skip
 from qcompile.methods.index import parse_config
 from qcompile.methods.quanto import MAP, Quanto, QuantoConfig
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 Q = Quanto()
 LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

@@ -23,7 +23,7 @@ from qcompile.methods.index import parse_config
 from qcompile.methods.sinq import SIDECAR, Sinq, SinqConfig
 from qcompile.pack import unpack
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 N, K = 64, 128
 METHOD = Sinq()

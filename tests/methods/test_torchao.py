@@ -26,7 +26,7 @@ from qcompile.methods.index import parse_config
 from qcompile.methods.torchao_config import TorchAoConfig
 from qcompile.methods.torchao_recipes import FqnToConfig, Int4WeightOnlyConfig
 from qcompile.program import Module
-from qcompile.sources import SafetensorsFolder
+from qcompile.safetensors_folder import SafetensorsFolder
 
 
 def stored(config: TorchAoConfig, packed: Packed, dtype: str = "f32") -> InMemory:

@@ -16,7 +16,7 @@ from qcompile.target import native
 BLOCKED = [
     "torch_mlir", "triton", "transformers", "gguf", "safetensors", "huggingface_hub", "networkx", "click", "rich",
     "qcompile.passes", "qcompile.lowering", "qcompile.methods", "qcompile.capture", "qcompile.compiler",
-    "qcompile.sources", "qcompile.program",
+    "qcompile.sources", "qcompile.ledger", "qcompile.safetensors_folder", "qcompile.program",
 ]  # fmt: skip
 
 SCRIPT = """
