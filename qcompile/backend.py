@@ -12,6 +12,7 @@ from qcompile.format import Format, Packed
 from qcompile.formats.fragments import ROWS, Fragments, fragments_for, fragments_form
 from qcompile.formats.lanes import LANES, Lanes, LanesDense, lanes_for, lanes_form
 from qcompile.formats.native import Native, native_for
+from qcompile.formats.runs import CODEBOOKS, runs_for, runs_form
 from qcompile.integer_sums import treatment_problem
 from qcompile.ops import ROUNDED
 from qcompile.row_transforms import problem
@@ -217,10 +218,15 @@ class CudaBackend:
         native = native_for(packed, before)
         if not isinstance(native, str):
             return Layout(native)
+        if isinstance(packed.format, CODEBOOKS):
+            runs = runs_for(packed)
+            return Layout(packed, reason=runs) if isinstance(runs, str) else Layout(runs)
         found = fragments_for(packed) if self.fragments else NVIDIA_ALONE
         return Layout(packed, reason=found) if isinstance(found, str) else Layout(*found)
 
     def form(self, format: Format, n: int, k: int) -> Format | str:
+        if isinstance(format, CODEBOOKS):
+            return runs_form(format, n, k)
         return fragments_form(format, n, k) if self.fragments else NVIDIA_ALONE
 
     def may_join(self, parts: Sequence[tuple[Format, int]]) -> str | None:

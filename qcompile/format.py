@@ -69,6 +69,7 @@ FORMATS = Registry(
         "lanes": "qcompile.formats.lanes:Lanes",
         "lanes-dense": "qcompile.formats.lanes:LanesDense",
         "fragments": "qcompile.formats.fragments:Fragments",
+        "runs": "qcompile.formats.runs:Runs",
     },
 )
 

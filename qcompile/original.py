@@ -15,6 +15,7 @@ from qcompile.format import Format, Names, Packed, format_from_json
 from qcompile.formats.affine import Affine
 from qcompile.formats.coded import Coded
 from qcompile.formats.dense import Dense
+from qcompile.formats.runs import Runs, from_runs
 from qcompile.simplify import coordinates, interval, simplify
 from qcompile.transform import Applied, transform_from_json
 
@@ -81,6 +82,10 @@ def _restored(
     weight = _in_place(dequantize(layout.format, layout.tensors, layout.N, layout.K, rows), order)
     if isinstance(format_, Dense):
         return {"weight": weight.to(DTYPES[format_.dtype])}
+    if isinstance(layout.format, Runs):
+        made = from_runs(layout, rows, format_)
+        _compare(path, format_, dequantize(format_, made, len(rows), layout.K), weight)
+        return made
     gone = lost(format_, len(rows), layout.K)
     if gone or not isinstance(layout.format, Coded) or not isinstance(format_, Affine):
         raise ConfigError(
@@ -100,9 +105,12 @@ def _prove(path: str, format_: Affine, tensors: Tensors, weight: torch.Tensor) -
     N, K = weight.shape
     value = simplify(format_.terms(Names(**format_.located(N, K))).value(), coordinates(N, K))
     for rows in row_chunks(N, K):
-        made, wanted = Reader(tensors, rows, torch.arange(K))(value).expand(len(rows), K), weight[rows]
-        if not bool(((made == wanted) | (made.isnan() & wanted.isnan())).all()):
-            raise InternalError("a weight was changed on its way back to its format", where=path, found=format_.kind)
+        _compare(path, format_, Reader(tensors, rows, torch.arange(K))(value).expand(len(rows), K), weight[rows])
+
+
+def _compare(path: str, format_: Format, made: torch.Tensor, wanted: torch.Tensor) -> None:
+    if not bool(((made == wanted) | (made.isnan() & wanted.isnan())).all()):
+        raise InternalError("a weight was changed on its way back to its format", where=path, found=format_.kind)
 
 
 def _repacked(

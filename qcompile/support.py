@@ -20,12 +20,13 @@ from qcompile.format import FORMATS, Format, Packed, format_class
 from qcompile.formats.fragments import Fragments
 from qcompile.formats.lanes import Lanes, LanesDense
 from qcompile.formats.native import Native
+from qcompile.formats.runs import Runs
 from qcompile.methods.index import METHODS, method
 from qcompile.ops import activation_group
 
 START, END = "<!-- formats: python -m qcompile.support --write README.md -->", "<!-- end of formats -->"
 N, K = 4096, 4096  # the shape whose bits are counted
-ROWS = 64  # what a kernel reads depends on K, not on how many rows there are
+ROWS = 128  # what a kernel reads depends on K, not on how many rows there are
 
 # Parameters worth a line of their own; formats that are not named here have one, with their default parameters.
 EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -61,7 +62,7 @@ def rows() -> list[Row]:
     users = {name: method(name).formats for name in METHODS}
     found = []
     for kind in FORMATS:
-        if not issubclass(format_class(kind), Lanes | LanesDense | Fragments | Native):
+        if not issubclass(format_class(kind), Lanes | LanesDense | Fragments | Native | Runs):
             methods = tuple(name for name, kinds in users.items() if kind in kinds)
             found += [_row(format_class(kind)(**chosen), chosen, methods) for chosen in EXAMPLES.get(kind, ({},))]
     return found
@@ -80,12 +81,10 @@ def _row(format: Format, chosen: dict[str, Any], methods: tuple[str, ...]) -> Ro
 
 
 def _cuda(packed: Packed) -> str:
-    from qcompile.lowering.triton.codebooks import vectors
-
     read = CudaBackend().layout(packed).packed.format
     if isinstance(read, Fragments):
         return "lanes"
-    return "generic" if isinstance(vectors(read, ROWS, K), str) else "codebook"
+    return "codebook" if isinstance(read, Runs) else "generic"
 
 
 def _int8_problem(read: Format) -> str:

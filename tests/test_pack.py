@@ -25,7 +25,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_every_format_has_a_case() -> None:
-    assert {format.kind for format, _, _ in CASES} | {"fragments"} == set(FORMATS)  # tests/gpu/test_fragments.py
+    layouts = {"fragments", "runs"}  # which have tests of their own
+    assert {format.kind for format, _, _ in CASES} | layouts == set(FORMATS)
     assert all(format_class(format.kind) is type(format) for format, _, _ in CASES)
 
 

@@ -26,7 +26,7 @@ CONFIGS = [
 
 def test_every_format_has_a_row_and_somebody_who_uses_it():
     found = {row.format: row.methods for row in rows()}
-    assert found.keys() == FORMATS.keys() - {"lanes", "lanes-dense", "fragments", "native"}
+    assert found.keys() == FORMATS.keys() - {"lanes", "lanes-dense", "fragments", "native", "runs"}
     assert {kind for kind, methods in found.items() if not methods} == {"dense"}
     assert {name for methods in found.values() for name in methods} == set(METHODS)
 

@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
     "large": Kind((64, 128, 256), (128,), (4, 8), (2, 3, 4), most_m=128, least_m=64, decoding=True),
     "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "fp8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
-    "codebook": Kind((64,), (128,), (4,), (2, 3), most_m=32, least_m=8),
+    "codebook": Kind((64,), (128,), (2,), (2, 3), most_m=32),
 }
 
 

@@ -12,11 +12,11 @@ from gpu.interpret import run
 from qcompile.artifact import KernelSpec
 from qcompile.dtypes import DTYPES
 from qcompile.evaluate import dequantize
-from qcompile.format import Format
+from qcompile.format import Format, Packed
 from qcompile.formats.codebook import Aqlm, Vptq
 from qcompile.formats.higgs import Higgs
+from qcompile.formats.runs import Runs, runs_for, runs_form
 from qcompile.lowering.triton import linear_codebook, sass, templates, toolchain
-from qcompile.lowering.triton.codebooks import vectors
 from qcompile.lowering.triton.linear import Shape
 from qcompile.target import target
 
@@ -36,6 +36,12 @@ def storage(format: Format, n: int, k: int, seed: int = 0) -> dict[str, torch.Te
     return made
 
 
+def laid_out(format: Format, n: int, k: int, seed: int = 0) -> Packed:
+    made = runs_for(Packed(format, storage(format, n, k, seed), n, k))
+    assert not isinstance(made, str), made
+    return made
+
+
 def kernel(
     format: Format,
     rows: tuple[int, ...],
@@ -46,16 +52,17 @@ def kernel(
 ) -> KernelSpec:
     compute = getattr(format, "dtype", "f16")
     x = "f32" if most <= 4 else compute
-    shape = Shape((format.to_json(),) * len(rows), rows, k, True, None, epilogue, compute, x)
+    layouts = tuple(runs_form(format, n, k).to_json() for n in rows)  # type: ignore[union-attr]
+    shape = Shape(layouts, rows, k, True, None, epilogue, compute, x)
     return KernelSpec("linear-codebook", json.loads(json.dumps(shape.params(most=most, split_k=split_k))))
 
 
 CASES: list[tuple[Format, tuple[int, ...], int, tuple[dict[str, Any], ...]]] = [
-    (Aqlm(2, 8), (21,), 72, ()),
+    (Aqlm(2, 8), (21,), 136, ()),
     (Aqlm(1, 12, 1, 8, "bf16", "f32"), (16, 7), 80, ()),
-    (Higgs(2, 32, 16), (128,), 64, GLU),
+    (Higgs(2, 64, 16), (128,), 64, GLU),
     (Higgs(3, 64, 32), (512,), 64, ({"op": "relu"},)),
-    (Vptq(8, 64, 16), (40,), 40, ()),
+    (Vptq(8, 64, 16), (37,), 40, ()),
     (Vptq(4, 4096, norm=False), (24,), 70, GLU[:0]),
 ]
 
@@ -65,8 +72,8 @@ CASES: list[tuple[Format, tuple[int, ...], int, tuple[dict[str, Any], ...]]] = [
 def test_sums_of_entries(
     format: Format, rows: tuple[int, ...], k: int, epilogue: tuple[dict[str, Any], ...], m: int
 ) -> None:
-    held = [storage(format, n, k, seed) for seed, n in enumerate(rows)]
-    w = torch.cat([dequantize(format, tensors, n, k) for tensors, n in zip(held, rows, strict=True)])
+    held = [laid_out(format, n, k, seed) for seed, n in enumerate(rows)]
+    w = torch.cat([dequantize(each.format, each.tensors, each.N, k) for each in held])
     x, bias = torch.randn(m, k).to(DTYPES[format.dtype]), torch.randn(sum(rows))  # type: ignore[attr-defined]
     expected = torch.nn.functional.linear(x.float(), w, bias)
     if epilogue == GLU:
@@ -76,28 +83,31 @@ def test_sums_of_entries(
         expected = expected.relu()
     y = torch.full(expected.shape, 7.0)
     spec = kernel(format, rows, k, 4 if m <= 4 else 32, epilogue)
-    stored = [tensor for tensors in held for tensor in tensors.values()]
+    stored = [tensor for each in held for tensor in each.tensors.values()]
     source = templates.emit(spec, INTERPRETED)
     run(source, [x.float() if m <= 4 else x, y, *stored, bias], [m])
-    rounded = format.kind == "vptq" or getattr(format, "group", 128) < 128  # x times a column's scale, w times a run's
+    rounded = format.kind == "vptq"  # x times a column's scale
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=(1e-3 if rounded else 2e-6) * float(expected.abs().max()))
     assert len(templates.extents(spec)((m,), 1)) == len(source.pointers)
 
 
 def test_parts_of_k_are_added_in_order() -> None:
-    format, k = Aqlm(1, 8), 256
-    tensors, x, bias = storage(format, 20, k), torch.randn(2, k), torch.zeros(20)
+    format, k = Aqlm(1, 8), 512
+    held, x, bias = laid_out(format, 20, k), torch.randn(2, k), torch.zeros(20)
     spec = kernel(format, (20,), k, 4, split_k=2)
     y, parts, arrivals = torch.zeros(2, 20), torch.zeros(2 * 2 * 20), torch.zeros(2, dtype=torch.int32)
-    run(templates.emit(spec, INTERPRETED), [x, y, *tensors.values(), bias, parts, arrivals], [2])
-    expected = x.half().float() @ dequantize(format, tensors, 20, k).T
+    run(templates.emit(spec, INTERPRETED), [x, y, *held.tensors.values(), bias, parts, arrivals], [2])
+    expected = x.half().float() @ dequantize(held.format, held.tensors, 20, k).T
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
     assert not arrivals.any()
 
 
-def test_what_has_no_runs() -> None:
-    assert vectors(Aqlm(1, 8, 2, 8), 8, 64) == "entries of 2 x 8 weights"
-    assert "0 columns with outliers, 2 groups" in str(vectors(Vptq(groups=2), 8, 64))
+def test_what_has_no_kernel() -> None:
+    half = kernel(Higgs(2, 64, 16), (128,), 64, 4, GLU).params | {"rows": [48], "formats": [Runs("k").to_json()]}
+    with pytest.raises(Exception, match="second half begins at row 24, within a block of 32"):
+        templates.emit(KernelSpec("linear-codebook", half), INTERPRETED)
+    with pytest.raises(Exception, match="4 parts of K that cut a block"):
+        templates.emit(kernel(Aqlm(1, 12), (16,), 512, 4, split_k=4), INTERPRETED)
     with pytest.raises(Exception, match="more than 128 rows"):
         linear_codebook.calls(None, 129)  # type: ignore[arg-type]
 
