@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -380,12 +380,16 @@ def tune(
     code = tuning.code_of(target)
     timer = None if dry_run else tuning.GpuTimer(code)
     models = [read(artifact)] if artifact is not None else tuning.layers(shapes, _config(config))
+    place = tables.user_file(cache_folder()) if output is None else output
+
+    def keep(rows: Sequence[tuning.Row]) -> None:
+        assert timer is not None
+        tables.write(place, tuning.best(rows, code.capability, timer.name))
+
     with _progress(not as_json) as progress:
-        rows = tuning.tune(models, code, timer, most, progress)
+        rows = tuning.tune(models, code, timer, most, progress, keep)
     click.echo(json.dumps([row.to_json() for row in rows], indent=1) if as_json else tuning.show(rows))
     if timer is not None:
-        place = tables.user_file(cache_folder()) if output is None else output
-        tables.write(place, tuning.best(rows, code.capability, timer.name))
         click.echo(f"written to {place}", err=True)
 
 

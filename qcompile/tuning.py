@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qcompile.artifact import Artifact, Built, Call, Extent, KernelSpec
-from qcompile.errors import ConfigError, ToolchainError
+from qcompile.errors import ArtifactError, ConfigError, ToolchainError
 from qcompile.lowering.triton import cost, templates, toolchain
 from qcompile.lowering.triton.devices import device
 from qcompile.lowering.triton.schedule import choose, using, watched
@@ -131,7 +132,7 @@ def measure(
     tensors: Mapping[str, torch.Tensor],
     progress: Callable[[str, str], None] | None = None,
 ) -> list[Row]:
-    """The rows with their measured times; a schedule that Triton has no kernel for stays without one."""
+    """The rows with their measured times; a schedule that Triton has no kernel for, or that the GPU cannot start, has none."""
     out = []
     for row, kernel in zip(rows, built(rows, code), strict=True):
         if progress is not None:
@@ -140,7 +141,8 @@ def measure(
             # Decoding is mostly of one row, whatever its bucket takes.
             dims = (1 if row.task.problem.m <= 4 else row.task.problem.m,)
             given = [tensors.get(view.buffer) for view in row.task.call.args]
-            row = replace(row, measured=timer(kernel, dims, templates.extents(row.task.spec)(dims, 1), given))
+            with contextlib.suppress(ArtifactError):
+                row = replace(row, measured=timer(kernel, dims, templates.extents(row.task.spec)(dims, 1), given))
         out.append(row)
     return out
 
@@ -219,8 +221,12 @@ def tune(
     timer: Timer | None,
     most: int = MOST,
     progress: Callable[[str, str], None] | None = None,
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """The candidates of every problem in `models`, timed where there is a timer; each problem once."""
+    """The candidates of every problem in `models`, timed where there is a timer; each problem once.
+
+    `keep` is given those of a problem as soon as they are timed.
+    """
     rows: list[Row] = []
     seen = set[Problem]()
     for contents in models:
@@ -229,7 +235,10 @@ def tune(
                 continue
             seen.add(task.problem)
             planned = plan(task, code.capability, most)
-            rows += planned if timer is None else measure(planned, code, timer, contents.tensors, progress)
+            if timer is not None:
+                planned = measure(planned, code, timer, contents.tensors, progress)
+                keep(planned)
+            rows += planned
     return rows
 
 

@@ -13,7 +13,7 @@ import qcompile
 from qcompile import tuning
 from qcompile.artifact import Built, Launch
 from qcompile.cli import main
-from qcompile.errors import ConfigError, ToolchainError
+from qcompile.errors import ArtifactError, ConfigError, ToolchainError
 from qcompile.lowering.triton import tables, toolchain
 from qcompile.lowering.triton.build import Builder
 from qcompile.lowering.triton.describe import kernel_rows, launch_rows
@@ -49,7 +49,7 @@ def test_candidates_come_in_the_order_of_the_model_with_the_default_among_them(t
 
 
 class Stopwatch:
-    """Says what it was told to, kernel after kernel."""
+    """Says what it was told to, kernel after kernel; what would take for ever does not start."""
 
     name = "a GPU"
 
@@ -58,7 +58,9 @@ class Stopwatch:
 
     def __call__(self, kernel, dims, extents, given) -> float:
         self.seen.append((kernel.source, dims, [tensor is not None for tensor in given]))
-        return self.left.pop(0)
+        if (found := self.left.pop(0)) == float("inf"):
+            raise ArtifactError("a kernel needs more of this GPU than it has")
+        return found
 
 
 def fails_for(wrong: str):
@@ -85,6 +87,21 @@ def test_the_fastest_is_kept_and_what_has_no_kernel_is_left_out(tasks, contents,
     ((key, entry),) = tuning.best(timed, 90, timer.name).entries.items()
     assert key == (90, tasks[0].problem) and entry.schedule == rows[2].schedule
     assert (entry.microseconds, entry.device) == (5.5, "a GPU")
+
+
+def test_what_is_found_is_kept_problem_by_problem(contents, monkeypatch):
+    monkeypatch.setattr(toolchain, "compile_sources", fails_for("no text has this"))
+    kept, plan = [], tuning.plan
+
+    def keep(rows):
+        kept.append([row.measured for row in rows])
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "plan", lambda *given: plan(*given)[:2])
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune([contents], H100, Stopwatch(7.0, float("inf"), 5.0, 6.0), keep=keep)
+    assert kept == [[7.0, None], [5.0, 6.0]]
 
 
 def _all_built(rows, monkeypatch):
