@@ -91,7 +91,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     grid = f"({n} + {columns - 1})//{columns}"
     grid = grid if count == 1 else f"({rows} + {tile - 1})//{tile}*({grid})"
     source = module(TEMPLATE, about, names, at, text, target, functions(text))
-    return Source(source, TEMPLATE, tuple(pointer(dtype) for dtype in dtypes), at, (grid, 1, 1))
+    return Source(source, TEMPLATE, tuple(pointer(dtype) for dtype in dtypes), at, (grid, 1, 1), fusion=False)
 
 
 def _places(params: dict[str, Any], count: int, columns: int, tile: int) -> list[str]:

@@ -15,6 +15,7 @@ from qcompile.target import Target
 
 TEMPLATE = "rope"
 BLOCK = 16  # positions of one program
+DOT_K = 16  # the fewest columns that a product on tensor cores adds up
 
 
 def pad(size: int) -> int:
@@ -27,15 +28,15 @@ def pad(size: int) -> int:
 
 
 def read(name: str, pointer: str, at: str, live: str, d: int, width: int = 0, turn: str = "") -> list[str]:
-    """Statements: `name` f32 [rows, pad(d)] = the rows that begin at `pointer` + `at`, their first `width` columns turned.
+    """Statements: `name` f32 [rows, columns] = the rows that begin at `pointer` + `at`, their first `width` columns turned.
 
     `at` is an i64 [rows] of the text, `live` an i1 [rows], `turn` the i64 [rows] where cos and sin begin. `<name>_col` becomes
-    the columns [1, pad(d)]. Rows that are not live, and columns behind d, are 0.
+    the columns [1, columns], as many as tensor cores take or more. Rows that are not live, and columns behind d, are 0.
     """
     col = f"{name}_col"
     there = f"{live}[:, None] & ({col} < {d})"
     lines = [
-        f"{col} = tl.arange(0, {pad(d)})[None, :]",
+        f"{col} = tl.arange(0, {max(pad(d), DOT_K)})[None, :]",
         f"{name} = tl.load({pointer} + {at}[:, None] + {col}, mask={there}, other=0.0).to(tl.float32)",
     ]
     if width:

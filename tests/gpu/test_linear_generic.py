@@ -86,7 +86,7 @@ def decoder(format: Format, N: int, K: int) -> Source:
     whole = "\n".join(lines)
     names = [pointer.name for pointer in pointers]
     made = text.module("decoder", "W", names, 0, whole, INTERPRET, functions(whole))
-    return Source(made, "decoder", types(pointers), 0, (1, 1, 1))
+    return Source(made, "decoder", types(pointers), 0, (1, 1, 1), fusion=False)
 
 
 @pytest.mark.parametrize(("format", "N", "K"), [*_marked(), *LAYOUTS])

@@ -186,8 +186,10 @@ def test_a_kernel_that_rounds_x_itself_gives_the_same_bits(
             run(sources[0], [x, *held, codes, scales], [rows])
             run(sources[1], args, [rows])
         made.append((codes, scales, y))
-    for apart, inside in zip(*made, strict=True):
+    for apart, inside in zip(*(each[:2] for each in made), strict=True):
         assert torch.equal(apart, inside)
+    # A product and a sum behind the sums of codes may be one operation in one of the kernels.
+    torch.testing.assert_close(made[0][2], made[1][2], rtol=1e-6, atol=1e-6 * float(made[0][2].abs().max()))
     longer = spec("linear-native", linear.params | {"before": activation.params | {"padded": padded + 1}})
     with pytest.raises(ArtifactError, match="padded"):
         templates.extents(longer)

@@ -19,7 +19,8 @@ mov.b32 %r1, smem; shl.b32 %r2, %r0, 2; add.s32 %r1, %r1, %r2;\n"""
 
 def started(body: str, array: torch.Tensor, blocks: int = 1, order: int | None = None, number: int = 0) -> torch.Tensor:
     """`array` after a kernel of 64 threads and 1024 bytes of shared memory."""
-    text = f"{HEADER}.visible .entry kernel(.param .u64 array, .param .u32 number)\n.reqntid 64\n{{\n{REGISTERS}{START}{body}\nret;\n}}"
+    entry = ".visible .entry kernel(.param .u64 array, .param .u32 number)\n.reqntid 64\n"
+    text = f"{HEADER}{entry}{{\n{REGISTERS}{START}{body}\nret;\n}}"
     arguments = [array.data_ptr(), number]
     run(parse(text), "kernel", (blocks, 1, 1), THREADS, 1024, arguments, Memory(array), order)
     return array

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from gpu.ptx.values import DTYPES, Array, add_odd, flushed, fused, halves, joined, narrow, widen
+from gpu.ptx.values import DTYPES, Array, add_odd, flushed, fused, fused_double, halves, joined, narrow, widen
 
 Function = Callable[..., Array | tuple[Array, ...]]
 
@@ -44,6 +44,8 @@ def pure(name: tuple[str, ...]) -> Pure | None:
         return (
             _setp(rest) if kind == "setp" else Pure((type_,), (type_, type_, "pred"), lambda a, b, p: np.where(p, a, b))
         )
+    if type_ in ("s16x2", "u16x2", "f32x2"):
+        return _pairs(pure((*name[:-1], type_[:3])), type_)
     if type_ in SMALL_TYPES:
         return _small(kind, rest, type_)
     if type_ in ("f32", "f64"):
@@ -135,6 +137,18 @@ def _integer(kind: str, rest: tuple[str, ...], type_: str) -> Pure | None:
         "shf": Pure(("b32",), ("b32",) * 3, functools.partial(_funnel, rest[0], "wrap" in rest)),
     }
     return special.get(kind)
+
+
+def _pairs(one: Pure | None, type_: str) -> Pure | None:
+    """What `one` does to a number, done to the two in a register."""
+    if one is None:
+        return None
+
+    def compute(*words: Array) -> Array:
+        found = one.compute(*(word[..., None].view(DTYPES[type_[:3]]) for word in words))
+        return np.ascontiguousarray(found).view(DTYPES[type_])[..., 0]
+
+    return Pure((type_,), (type_,) * len(one.operands), compute)
 
 
 def _high(a: Array, b: Array, bits: int) -> Array:
@@ -269,8 +283,8 @@ def _float(kind: str, rest: tuple[str, ...], type_: str) -> Pure | None:
         one[kind] = lambda a: APPROXIMATE[kind](a.astype(np.float64)).astype(dtype)
     if any(each in rest for each in ("rz", "rm", "rp")):
         return None
-    if kind == "fma" and type_ == "f32":
-        found, count = fused, 3
+    if kind == "fma":
+        found, count = fused if type_ == "f32" else fused_double, 3
     elif kind in two:
         found, count = two[kind], 2
     elif kind in one:

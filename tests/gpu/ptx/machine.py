@@ -184,10 +184,14 @@ def _operation(ins: Instruction) -> access.Operation:
         results += (Register(CARRY, "pred"),)
     if ins.name[0] == "madc":
         operands += (Register(CARRY, "pred"),)
-    types = found.operands
+    types, compute = found.operands, found.compute
+    if ins.name[0] in ("min", "max") and len(operands) == 3:
+        types, compute = types[:1] * 3, lambda a, b, c: found.compute(found.compute(a, b), c)
+    if len(types) != len(operands):
+        return _unknown
 
     def operation(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
-        values = found.compute(*map(lanes.read, operands, types))
+        values = compute(*map(lanes.read, operands, types))
         if isinstance(values, tuple):
             for each, value in zip(results, values, strict=False):
                 lanes.write(each, value, mask)

@@ -124,7 +124,7 @@ def parse_lines(lines: list[str], inputs: dict[str, str]) -> tuple[Function, dic
 def _statements(text: str) -> list[tuple[int, str]]:
     """What semicolons, labels and the braces of blocks end, with its line; comments are left out."""
     out: list[tuple[int, str]] = []
-    held, start, braces = "", 0, 0
+    held, start = "", 0
     for number, line in enumerate(text.split("\n"), 1):
         for piece in re.findall(r"[^;{}:]+|::|[;{}:]", line.split("//")[0]):
             fresh = not held.strip()
@@ -142,7 +142,6 @@ def _statements(text: str) -> list[tuple[int, str]]:
             else:
                 held += piece
         held += " " * bool(held)
-        braces += 0
     return [(line, statement) for line, statement in out if statement]
 
 

@@ -85,8 +85,8 @@ def described(descriptor: int, rows: int, k: int, size: int, transposed: bool) -
     the swizzle mixes the number of a line into the number of 16 bytes in it.
     """
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    if descriptor >> 49 & 7:
-        raise Fault("a descriptor with a base offset")
+    if descriptor >> 49 & 7 and descriptor >> 62:
+        raise Fault("a swizzle that begins in the middle")
     line = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
     n, i = np.arange(rows)[:, None], np.arange(k)[None, :]
     along, across = (n, i) if transposed else (i, n)

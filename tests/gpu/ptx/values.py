@@ -13,7 +13,8 @@ Array = np.ndarray[Any, Any]
 DTYPES: dict[str, type[np.generic]] = {
     "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
-    "f16": np.uint16, "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "f32": np.float32, "f64": np.float64,
+    "f16": np.uint16, "bf16": np.uint16, "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64,
+    "bf16x2": np.uint32, "f32": np.float32, "f64": np.float64,
     "tf32": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "b128": np.uint64,
 }  # fmt: skip
 
@@ -127,6 +128,23 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     if ((bits & 0x1FFFFFFF) == 0x10000000).any() or (np.abs(total) < 2.0**-125).any():
         total = add_odd(product, more)
     return total.astype(np.float32)
+
+
+def fused_double(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of f64, rounded once but for ties: the parts of the product and the sum are exact."""
+    product = a * b
+    parts = []
+    for each in (a, b):
+        scaled = each * 134217729.0  # 2^27 + 1: cuts a number into halves of its bits
+        high = scaled - (scaled - each)
+        parts.append((high, each - high))
+    (a1, a0), (b1, b0) = parts
+    rest = a0 * b0 - (product - a1 * b1 - a0 * b1 - a1 * b0)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    exact = total + (error + rest)
+    return np.where(np.isfinite(exact), exact, total)
 
 
 def flushed(values: Array) -> Array:
