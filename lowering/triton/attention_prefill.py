@@ -195,7 +195,6 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         *_shared_out(p),
         f"for step in range({'begin, end, parts' if p.part else 'begin, end'}):",
         *(f"    {line}" for line in _step(p, size, target)),
-        f"place = (batch * d1 + position) * {p.heads} + query",
         *(_sums(p) if p.part else _result(p, target)),
     ]
     about = (
@@ -262,7 +261,7 @@ def _step(p: Params, size: Tile, target: Target) -> list[str]:
         "there = ((at >= first) & (at < keys))[:, None]",
         f"key_at = {key_at}",
         f"key = tl.load(k + key_at[:, None] + x_col, mask=there & (x_col < {p.d}), other=0.0)",
-        f"score = {score if _raw(p) else scaled(score, p.scale, p.softcap)}",
+        f"score = {score if _raw(p) else scaled(score, p.scale, p.softcap, 1 / math.log(2) if _factor(p) else 1.0)}",
         f"seen = {' & '.join(seen)}",
     ]
     if p.mask:
@@ -291,10 +290,10 @@ def _raw(p: Params) -> bool:
 
 
 def _factor(p: Params) -> float | None:
-    """What makes a score an exponent of 2; None where an additive mask may make it the lowest number there is."""
+    """What makes a score an exponent of 2: 1 where it is made so with its cap, None where a mask may make it the lowest number."""
     if p.mask is not None and p.mask.dtype != "bool":
         return None
-    return (p.scale if _raw(p) else 1.0) / math.log(2)
+    return p.scale / math.log(2) if _raw(p) else 1.0
 
 
 def _about_parts(p: Params) -> str:
@@ -314,7 +313,7 @@ def _shared_out(p: Params) -> list[str]:
 def _sums(p: Params) -> list[str]:
     """Statements: what "attention-combine" joins; no sums where a row has seen no key."""
     return [
-        "place = place * d3 + part",
+        f"place = ((batch * d1 + position) * {p.heads} + query) * d3 + part",
         "seen = live & (total > 0.0)",
         f"tl.store(sums + (place * {p.dv})[:, None] + col, acc, mask=seen[:, None] & (col < {p.dv}))",
         f"tl.store(stats + place * 2, {_most(p)}, mask=live)",
@@ -335,11 +334,12 @@ def _result(p: Params, target: Target) -> list[str]:
     return [
         *(sinks if p.sinks else []),
         "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]",
-        f"y_at = (place * {p.dv})[:, None] + col",
-        f"tl.store(y + y_at, {cast('result', p.y, target)}, mask=live[:, None] & (col < {p.dv}))",
+        f"place = ((batch * d1 + position) * {p.heads} + query) * {p.dv}",
+        f"tl.store(y + place[:, None] + col, {cast('result', p.y, target)}, mask=live[:, None] & (col < {p.dv}))",
     ]
 
 
 def _most(p: Params) -> str:
     """The text of the greatest score of each row, scaled."""
-    return f"most * {p.scale!r}" if _raw(p) else "most"
+    factor = _factor(p)
+    return "most" if factor is None else f"most * {factor * math.log(2)!r}"

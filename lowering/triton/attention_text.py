@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qcompile.lowering.triton.rope import pad
@@ -24,10 +25,14 @@ def operand(name: str, dtype: str, compute: str, target: Target) -> str:
     return dot_operand(f"{name}.to(tl.float32)", {"compute": compute}, target)
 
 
-def scaled(score: str, scale: float, softcap: float) -> str:
-    """The score of a dot product: times `scale`, then kept inside of -softcap .. softcap, if that is not 0."""
-    score = f"{score} * {scale!r}"
-    return f"{softcap!r} * (1.0 - 2.0 / (tl.exp({score} * {2.0 / softcap!r}) + 1.0))" if softcap else score
+def scaled(score: str, scale: float, softcap: float, unit: float = 1.0) -> str:
+    """The score of a dot product: times `scale`, kept inside of -softcap .. softcap if that is not 0, then times `unit`."""
+    if not softcap:
+        return f"{score} * {scale * unit!r}"
+    square = (
+        f"tl.exp2({score} * {2.0 * scale / softcap / math.log(2)!r})"  # of e to the power of the score over softcap
+    )
+    return f"{softcap * unit!r} - {2.0 * softcap * unit!r} / ({square} + 1.0)"
 
 
 def block_keys(d: int, dv: int, most: int = 64) -> int:
