@@ -128,6 +128,45 @@ def test_figures_are_kept_after_each_step_and_a_run_goes_on(tmp_path):
     assert [row["of"] for row in json.loads(path.read_text())["checks"]] == ["a", "b", "b", "c"]
 
 
+def test_a_run_does_what_is_most_wanted_first(tmp_path, monkeypatch, capsys):
+    device, asked = Interpreter({}), []
+    machine = gpu_layers.Machine("a GPU", 1e12, 1e14)
+
+    def check(results, target, *rest, layers, formats=(), models=(), **options):
+        asked.append((target, layers[0], len(layers), len(formats), models))
+
+    def time_layer(which, kind, n, k, rows, target, device):
+        name, times = ("qcompile", 10.0) if which is None else (which.name, 20.0)
+        if name == "tinygemm":
+            raise RuntimeError("not here")
+        return {m: gpu_layers.Timed(name, times) for m in rows}
+
+    monkeypatch.setattr(gpu, "CudaDevice", lambda: device)
+    monkeypatch.setattr(gpu, "target_of", lambda name: INTERPRET)
+    monkeypatch.setattr(gpu, "check", check)
+    monkeypatch.setattr(gpu_layers, "measured", lambda device: machine)
+    monkeypatch.setattr(gpu_layers, "time_layer", time_layer)
+    monkeypatch.setattr(gpu_models, "time_llama", lambda target, bandwidth, layers: {"layers": layers})
+    monkeypatch.setattr(gpu_models, "smollm2", lambda: None)
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--quick", "--output", str(path), "--rows", "1"]) == 1  # one failed
+    assert [call[:3] for call in asked] == [
+        ("cuda:interpret", ("int4", 192, 640), 7),
+        ("cuda:ptx", ("int4", 192, 640), 2),
+    ]
+    found = json.loads(path.read_text())
+    assert found["machine"]["device"] == "a GPU" and found["llama"] == [{"of": "8 layers", "layers": 8}]
+    rows = found["layers"]
+    assert [row["of"] for row in rows[:8:2]] == [
+        "cuBLAS bf16 int4 4096x4096", "cuBLAS bf16 nf4 4096x4096", "qcompile int4 4096x4096", "qcompile nf4 4096x4096",
+    ]  # fmt: skip
+    assert rows[4]["times_bf16"] == 2.0 and {row["of"] for row in rows if not row.get("ok", True)} == {
+        "tinygemm int4 4096x4096",
+        "tinygemm int4 8192x8192",
+    }
+    assert "FAIL tinygemm int4 4096x4096: RuntimeError: not here" in capsys.readouterr().out
+
+
 @pytest.mark.full
 def test_models_are_checked_in_the_interpreter():
     rows = checked(Results(), models=["int8"])
