@@ -290,7 +290,7 @@ def _raw(p: Params) -> bool:
 
 
 def _factor(p: Params) -> float | None:
-    """What makes a score an exponent of 2: 1 where it is made so with its cap, None where a mask may make it the lowest number."""
+    """What makes a score an exponent of 2: 1 where it is one with its cap, None where a mask may make it the lowest number."""
     if p.mask is not None and p.mask.dtype != "bool":
         return None
     return p.scale / math.log(2) if _raw(p) else 1.0
