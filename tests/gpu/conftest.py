@@ -63,12 +63,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        machine = (
-            item.callspec.params.get("machine")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        if machine not in (None, "interpret") and item.nodeid.split("test_", 1)[-1] not in DAILY:
+        call = getattr(item, "callspec", None)
+        elsewhere = call is not None and call.params.get("machine", "interpret") != "interpret"
+        if elsewhere and item.nodeid.split("test_", 1)[-1] not in DAILY:
             item.add_marker(pytest.mark.full)
 
 
@@ -80,7 +77,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         place = target(f"cuda:{name}")
         for module in (request.module, triton_lowered):
             for key, value in list(vars(module).items()):
-                if value == INTERPRET:
+                if value is INTERPRET:
                     monkeypatch.setattr(module, key, place)
                 elif value is interpret.run:
                     monkeypatch.setattr(module, key, partial(compiled.run, place=place))
