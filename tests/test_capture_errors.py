@@ -194,7 +194,7 @@ def test_a_class_of_another_config_is_not_an_architecture(folder):
 def test_an_unknown_model_type(folder):
     edit(folder, model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     error = error_of(CaptureError, folder)
-    assert error.summary == "config.json is not one that transformers reads" and "evil" in error.found
+    assert error.summary == "the config is not one that transformers reads" and "evil" in error.found
     edit(folder, model_type=None)
     assert error_of(CaptureError, folder).summary == "config.json names no model_type"
 
@@ -202,8 +202,19 @@ def test_an_unknown_model_type(folder):
 def test_a_config_that_makes_no_model(folder):
     edit(folder, num_attention_heads=0)
     assert error_of(CaptureError, folder).summary in (
-        "config.json is not one that transformers reads",
+        "the config is not one that transformers reads",
         "LlamaForCausalLM cannot be built from its config.json",
+    )
+
+
+def test_more_layers_than_tensors(folder):
+    edit(folder, num_hidden_layers=10**9)
+    assert str(error_of(CheckpointError, folder)) == (
+        "the config has more layers than the checkpoint has tensors\n"
+        f"  where:    the checkpoint {folder}\n"
+        "  found:    num_hidden_layers = 1000000000\n"
+        "  expected: at most 21\n"
+        "  try:      check that the checkpoint is complete and belongs to this config"
     )
 
 

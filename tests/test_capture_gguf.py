@@ -242,6 +242,46 @@ def test_metadata_that_would_be_lost(tmp_path):
     capture(tmp_path / "m.gguf")
 
 
+HOSTILE = {
+    "general.architecture": ["llama"],
+    "llama.block_count": "two",
+    "llama.embedding_length": [64],
+    "llama.attention.head_count": 0,
+    "llama.attention.head_count_kv": [2, 2],
+    "llama.attention.layer_norm_rms_epsilon": float("nan"),
+    "llama.rope.freq_base": -1.0,
+    "llama.feed_forward_length": 1 << 40,
+    "llama.rope.dimension_count": "x",
+    "tokenizer.ggml.bos_token_id": "x",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "m.gguf"
+    write(path, "llama", decoder("llama"))
+    return path
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_metadata_of_another_kind(whole, key, monkeypatch):
+    read = GgufFile.__init__
+
+    def changed(self, path):
+        read(self, path)
+        self.metadata[key] = HOSTILE[key]
+
+    monkeypatch.setattr(GgufFile, "__init__", changed)
+    with pytest.raises((CaptureError, CheckpointError)) as caught:
+        capture(whole)
+    assert str(whole) in caught.value.where
+
+
+def test_more_layers_than_tensors(whole, monkeypatch):
+    monkeypatch.setitem(HOSTILE, "llama.block_count", 1 << 31)
+    test_metadata_of_another_kind(whole, "llama.block_count", monkeypatch)
+
+
 def test_a_missing_tensor(tmp_path):
     model = decoder("llama")
     del model.model.layers[1].mlp.up_proj

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qcompile.capture.huggingface import architecture, instantiate, program_of
+from qcompile.capture.huggingface import architecture, check_layers, instantiate, program_of, transformers_config
 from qcompile.errors import CaptureError, CheckpointError
 from qcompile.gguf_file import GgufFile
 from qcompile.program import Program
@@ -117,7 +118,7 @@ class Arranged(Renamed):
 
 def _family(file: GgufFile) -> Family:
     name = file.metadata.get("general.architecture")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CaptureError(
             "the architecture of the GGUF file is not known",
             where=str(file.path),
@@ -128,6 +129,19 @@ def _family(file: GgufFile) -> Family:
     return FAMILIES[name]
 
 
+def _number(file: GgufFile, key: str, least: float = 5e-324) -> int | float:
+    """The metadata value `key`, which must be a number from `least` (by default: any above 0) to 2**31."""
+    value = file.metadata[key]
+    if type(value) not in (int, float) or not least <= value <= 2**31:
+        raise CheckpointError(
+            "a metadata value is out of range", where=str(file.path), found=f"{key} = {reprlib.repr(value)}",
+            expected="a number of at least 0" if least == 0 else "a number above 0",
+            remedy="use the model's safetensors checkpoint instead",
+        )  # fmt: skip
+    number: int | float = value
+    return number
+
+
 def config_of(file: GgufFile, family: Family) -> dict[str, Any]:
     """The fields of a config.json that the metadata says; CaptureError for metadata whose meaning would be lost."""
     prefix, config = f"{file.metadata['general.architecture']}.", dict[str, Any](model_type=family.model_type)
@@ -136,7 +150,7 @@ def config_of(file: GgufFile, family: Family) -> dict[str, Any]:
             continue
         short = key.removeprefix(prefix)
         if short in family.keys:
-            config[family.keys[short]] = value
+            config[family.keys[short]] = _number(file, key)
         elif short not in _REDUNDANT and value not in (0, "", "none", False):
             raise CaptureError(
                 "the GGUF file asks for something that its architecture here does not have",
@@ -160,7 +174,7 @@ def config_of(file: GgufFile, family: Family) -> dict[str, Any]:
     }
     for key, field in TOKENS.items():
         if f"tokenizer.ggml.{key}" in file.metadata:
-            config[field] = file.metadata[f"tokenizer.ggml.{key}"]
+            config[field] = _number(file, f"tokenizer.ggml.{key}", least=0)
     if not family.transposed:
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -199,13 +213,12 @@ def arrange(file: GgufFile, family: Family, config: Mapping[str, Any]) -> Arrang
 
 def capture_gguf(path: Path) -> Program:
     """The Program of a GGUF file; tensors stay in their blocks until a pass reads them."""
-    from transformers import AutoConfig
-
     file = GgufFile(path)
     family = _family(file)
     config = config_of(file, family)
     source = arrange(file, family, config)
-    settings = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "architectures"})
+    check_layers(config, source)
+    settings = transformers_config({k: v for k, v in config.items() if k != "architectures"}, str(path))
     shell = instantiate(architecture(settings, {}, str(path)), settings)
     if ROPE_FACTORS in source.names():
         # Llama 3.1 and later: the file holds what each frequency is divided by, instead of a rule.
@@ -217,10 +230,3 @@ def capture_gguf(path: Path) -> Program:
     if ROPE_FACTORS in source.names():
         program.ledger.claim(ROPE_FACTORS, "the rotary frequencies")
     return program
-
-
-def tokenizer(path: Path) -> Any:
-    """transformers' tokenizer of a GGUF file (it takes the `gguf` package)."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -39,6 +39,9 @@ _AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
+_LAYERS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+)  # fmt: skip
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
@@ -228,6 +231,7 @@ def capture_folder(folder: Path) -> Program:
             quantization = config["quantization_config"] = _read_config(folder / name)
             break
     source = SafetensorsFolder(folder)
+    check_layers(config, source)
     shell = build(folder, config)
     return program_of(shell, per_expert(renamed(source, shell), shell), config, quantization)
 
@@ -293,25 +297,47 @@ def _quiet() -> Iterator[None]:
 
 def build(folder: Path, raw: Mapping[str, Any]) -> nn.Module:
     """The float32 model of a config.json: parameters have no memory, buffers that no checkpoint holds have values."""
-    from transformers import AutoConfig
-
+    where = str(folder / "config.json")
     if "model_type" not in raw:
         raise CaptureError(
             "config.json names no model_type", where=str(folder), expected="a config.json as transformers writes it"
         )
     plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
+    config = transformers_config(plain, where)
+    return instantiate(architecture(config, raw, where), config)
+
+
+def transformers_config(fields: Mapping[str, Any], where: str) -> Any:
+    """The transformers object of a config's fields; CaptureError for fields that transformers refuses."""
+    from transformers import AutoConfig
+
     try:
         with _quiet():
-            config = AutoConfig.for_model(**plain)
+            return AutoConfig.for_model(**fields)
     except Exception as error:
         raise CaptureError(
-            "config.json is not one that transformers reads",
-            where=str(folder / "config.json"),
+            "the config is not one that transformers reads",
+            where=where,
             found=f"{type(error).__name__}: {' '.join(str(error).split())}"[:400],
             expected="a model_type of the installed transformers",
             remedy="update transformers; models that bring their own code are not supported",
         ) from error
-    return instantiate(architecture(config, raw, str(folder / "config.json")), config)
+
+
+def check_layers(config: Mapping[str, Any], source: TensorSource) -> None:
+    """CheckpointError for more layers than tensors: layers are built one by one, which takes time and memory."""
+    most = len(source.names())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in _LAYERS:
+            count = part.get(name)
+            if isinstance(count, int) and count > most:
+                raise CheckpointError(
+                    "the config has more layers than the checkpoint has tensors",
+                    where=source.describe(),
+                    found=f"{name} = {count}",
+                    expected=f"at most {most}",
+                    remedy="check that the checkpoint is complete and belongs to this config",
+                )
 
 
 @contextmanager
