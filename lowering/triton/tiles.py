@@ -88,6 +88,8 @@ def registers(problem: Problem, schedule: Schedule) -> int:
         return int(40 + (problem.streams * problem.m + 1) * schedule.block_n * schedule.block_k / threads)
     sums = problem.streams * schedule.block_n * schedule.block_m / threads
     operands = schedule.block_n * min(schedule.block_k, 128) / threads / 2
+    if problem.kind == "generic":  # all weights and rows of a step at once, in f32, with what they are made of
+        operands = 2 * (problem.streams * schedule.block_n + schedule.block_m) * schedule.block_k / threads
     return int(40 + sums + operands)
 
 

@@ -37,8 +37,8 @@ def main(folder: Path) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None) -> dict[str, Any]:
-    """The answer to a request; `file` is where its text is put, for Triton to read it. `most`: registers of a thread."""
+def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The answer to a request; `file` is where its text is put, for Triton to read it."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -53,12 +53,10 @@ def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None)
     attributes = {(at,): aligned for at, type_ in enumerate(request["signature"]) if type_.startswith("*")}
     source = ASTSource(function, signature, {}, attributes)
     options = {"num_warps": request["warps"], "num_stages": request["stages"], "enable_fp_fusion": request["fusion"]}
-    if most is not None:
-        options["maxnreg"] = most
     if request["ptx"] is not None:
         options["ptx_version"] = request["ptx"]
     old = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
-    knobs.runtime.add_stages_inspection_hook = _stages(request["assemble"], fence=old)
+    knobs.runtime.add_stages_inspection_hook = _stages(file.with_suffix(".cubin"), request["assemble"], old)
     try:
         made = triton.compile(source, target=GPUTarget(*request["gpu"]), options=options)
     finally:
@@ -72,32 +70,49 @@ def compile_kernel(request: dict[str, Any], file: Path, most: int | None = None)
     else:
         ptx = made.asm["ptx"]
         content, parameters = made.asm["cubin"] if request["assemble"] else ptx.encode(), _count(r"\.param\s", ptx)
-        registers, spills = _usage(content, file.with_suffix(".cubin")) if request["assemble"] else (0, 0)
-        if spills and most is None:
-            # The assembler keeps registers few for more programs at a time; told how many there are, it takes them before it
-            # spills.
-            return compile_kernel(request, file, most=min(255, 65536 // (32 * meta.num_warps)))
+        registers, spills = meta.usage if request["assemble"] else (0, 0)
     return {
         "object": base64.b64encode(content).decode(), "shared": meta.shared, "warps": meta.num_warps,
         "registers": registers, "spills": spills, "parameters": parameters,
     }  # fmt: skip
 
 
-def _stages(assemble: bool, fence: bool) -> Callable[..., Any]:
-    """Triton's hook on its stages: called without arguments for a cache key, with the table of stages second otherwise."""
+def _stages(file: Path, assemble: bool, fence: bool) -> Callable[..., Any]:
+    """Triton's hook on its stages: called without arguments for a cache key, with the table of stages second otherwise.
+
+    `file` is where a cubin is put for a look at it; what is seen is added to the kernel's metadata as `usage`.
+    """
 
     def hook(*arguments: Any) -> Any:
         if not arguments:
             return (f"{assemble} {fence}",) * 2
         stages = arguments[1]
-        if fence and "ptx" in stages:
-            ptx = stages["ptx"]
-            stages["ptx"] = lambda source, metadata: fenced(ptx(source, metadata))
-        if not assemble:
-            stages["cubin"] = lambda ptx, metadata: b""
+        if "cubin" not in stages:
+            return None
+        translated, assembled = stages["ptx"], stages["cubin"]
+
+        def cubin(ptx: str, metadata: dict[str, Any]) -> bytes:
+            made: bytes = assembled(ptx, metadata)
+            metadata["usage"] = _usage(made, file)
+            if metadata["usage"][1]:
+                made = assembled(limited(ptx, min(255, 65536 // (32 * metadata["num_warps"]))), metadata)
+                metadata["usage"] = _usage(made, file)
+            return made
+
+        if fence:
+            stages["ptx"] = lambda source, metadata: fenced(translated(source, metadata))
+        stages["cubin"] = cubin if assemble else lambda ptx, metadata: b""
         return None
 
     return hook
+
+
+def limited(ptx: str, most: int) -> str:
+    """PTX of a kernel whose threads have `most` registers.
+
+    The assembler keeps registers few for more programs at a time; told how many there are, it takes them before it spills.
+    """
+    return re.sub(r"^\.reqntid .*$", rf"\g<0>\n.maxnreg {most}", ptx, count=1, flags=re.MULTILINE)
 
 
 def fenced(ptx: str) -> str:
