@@ -123,10 +123,14 @@ def _spill_folder(max_memory: int | None, output: Path) -> Iterator[Path | None]
     "--work", type=click.Path(path_type=Path),
     help="Folder for what is made of float weights: started again with it, an interrupted compile goes on. Gone at the end.",
 )  # fmt: skip
+@click.option(
+    "--schedules", type=click.Path(path_type=Path),
+    help="For GPUs: a table that `qcompile tune --write` made. Default: that of the cache folder, if there is one.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def compile_command(
     model: str, output: Path, config: str | None, target: str, accuracy: Accuracy, strict: bool,
-    print_after: tuple[str, ...], max_memory: int | None, work: Path | None, as_json: bool,
+    print_after: tuple[str, ...], max_memory: int | None, work: Path | None, schedules: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile MODEL: a Hugging Face folder or hub id, or a .gguf file."""
     import qcompile
@@ -140,7 +144,8 @@ def compile_command(
     with _progress(not as_json) as progress, _spill_folder(max_memory, output) as spill:
         compiled = qcompile.compile(
             model, _config(config), target=target, accuracy=accuracy, strict=strict, work=work,
-            max_memory=max_memory, spill=spill, print_after=print_after, show=show, progress=progress,
+            max_memory=max_memory, spill=spill, schedules=schedules, print_after=print_after, show=show,
+            progress=progress,
         )  # fmt: skip
         compiled.save(output)
     if work is not None:

@@ -180,6 +180,7 @@ def test_formats_and_targets():
             "--config: neither JSON nor a file: [Errno 21] Is a directory",
         ),
         (("compile", ".", "-o", "x", "--config", '{"a":' * 100_000), 2, "neither a JSON file nor JSON: "),
+        (("compile", ".", "-o", "x", "--schedules", "s"), 1, "error: only kernels for CUDA have schedules\n"),
         (("compile", ".", "-o", "."), 1, "error: something else is in the way\n  where:    .\n"),
         (("compile", ".", "-o", "x", "--accuracy", "int4"), 2, "'int4' is not one of 'exact', 'int8'."),
         (("compile", "."), 2, "Missing option '--output' / '-o'."),
