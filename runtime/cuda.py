@@ -151,8 +151,10 @@ class Driver:
             return ArtifactError("a kernel needs more of this GPU than it has", where=where, found=found,
                                  expected="registers and shared memory enough for it", remedy=self._again)  # fmt: skip
         if code in MEMORY_FAULTS:
+            blocking = f"{self.interface.build.upper()}_LAUNCH_BLOCKING=1"
             return InternalError("a kernel ran outside its memory", where=where, found=found,
-                                 remedy="the process cannot use the GPU any more: start it again")  # fmt: skip
+                                 remedy="the process cannot use the GPU any more: start it again; it may have been an "
+                                        f"earlier kernel, which {blocking} tells")  # fmt: skip
         return InternalError(f"the {self.interface.vendor} driver refuses a call", where=where, found=found)
 
     def _text(self, code: int) -> str:

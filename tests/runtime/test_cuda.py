@@ -151,6 +151,8 @@ def test_launches_are_checked(code, kind, summary):
         start(0)
     assert error.value.summary == summary and error.value.where == "k"
     assert error.value.found == f"cuLaunchKernel: {NAMES[code][0].decode()} ({NAMES[code][1].decode()})"
+    # What an earlier kernel did may be said of a later one.
+    assert ("CUDA_LAUNCH_BLOCKING=1" in error.value.remedy) == (code == 700)
 
 
 class Recording:
