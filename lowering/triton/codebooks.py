@@ -1,7 +1,7 @@
 """Entries of codebooks as Triton text: the codes of a lane taken out of its words, and what they name gathered.
 
-Where instructions are NVIDIA's an entry is one load, whose words are operands of tensor cores as they come; elsewhere, and in the
-interpreter, it is a load that Triton writes.
+Entries of two numbers are words in shared memory. Larger ones are gathered from memory: where instructions are NVIDIA's, by one
+load each, whose words are operands of tensor cores as they come; elsewhere, and in the interpreter, by loads that Triton writes.
 """
 
 from __future__ import annotations
@@ -53,16 +53,22 @@ def code(format: Runs, name: str, book: int, run: int) -> str:
 
 
 class Gathered:
-    """How the runs of a weight become `weights`, the right operand of tensor cores, in the dtype `compute`."""
+    """How the runs of a weight become `weights`, the right operand of tensor cores, in the dtype `compute`.
 
-    def __init__(self, format: Runs, compute: Compute, target: Target, entries: str):
-        self.format, self.compute, self.target, self.entries = format, compute, target, entries
+    `entries` names the pointer to them; `name` begins the names of what is used in several statements.
+    """
+
+    def __init__(self, format: Runs, compute: Compute, target: Target, entries: str, name: str):
+        self.format, self.compute, self.target, self.entries, self.name = format, compute, target, entries, name
+
+    @property
+    def pairs(self) -> bool:
+        """Whether entries are single words, which Triton looks up in shared memory."""
+        return self.format.size == 2
 
     def functions(self) -> dict[str, str]:
         """The Triton functions that the statements call, by name."""
-        if plain(self.target):
-            return {}
-        made = {self._entry(book): self._gather(book) for book in range(len(self.format.widths))}
+        made = {} if self.pairs else {self._named(book): self._gather(book) for book in range(len(self.format.widths))}
         for name, half in (("low", "w"), ("high", "(w >> 16)")):
             made[f"{name}_{self.format.dtype}"] = (
                 f'@triton.jit\ndef {name}_{self.format.dtype}(w):\n    """The {name} half of words."""\n'
@@ -70,72 +76,88 @@ class Gathered:
             )
         return made
 
+    def once(self) -> list[str]:
+        """The statements in front of the loop."""
+        if not self.pairs:
+            return []
+        pointer = f"{self.entries}.to(tl.pointer_type(tl.int32))"
+        books = zip(self.format.starts, self.format.widths, strict=True)
+        return [
+            f"{self.name}{book} = tl.load({pointer} + {start} + tl.arange(0, {1 << width}))"
+            for book, (start, width) in enumerate(books)
+        ]
+
     def statements(self, words: str, book: int, piece: int, warps: int) -> list[str]:
         """The statements for `weights`, a book's entries for a piece of `span` inputs, from the `words` of that name.
 
         It is [span, outputs] in the order of tensor cores: input 16 s + 8 h + 2 c + e of it is the (4 s + 2 h + e)th that lane
         c has of each output, and output 8 (o warps + w) + r is the oth of row r of warp w.
         """
-        format, lines = self.format, list[str]()
+        format = self.format
         outputs, places = format.outputs // ROWS, format.span // 4
         runs = list(range(format.lane))
         if format.axis == "k":
-            own = places // format.size  # of an output in a piece
-            each = format.lane // outputs
+            own, each = places // format.size, format.lane // outputs  # of an output, in a piece and in all
             runs = [output * each + piece * own + i for output in range(outputs) for i in range(own)]
-        names = [f"e{book}_{run}" for run in runs]
-        if plain(self.target):
-            for run, name in zip(runs, names, strict=True):
-                at = f"({code(format, words, book, run)} + {format.starts[book]})[:, :, None] * {format.size}"
-                entry = f"tl.load({self.entries} + {at} + tl.arange(0, {format.size})[None, None, :]).to(tl.float32)"
-                lines.append(f"{name} = {dot_operand(entry, {'compute': self.compute}, self.target)}")
-            made = _stacked(names)
-            if format.axis == "k":
-                shape = f"[{ROWS * warps}, 4, {format.size}, {len(names)}]"
-                made = f"tl.permute(tl.reshape({made}, {shape}), (0, 1, 3, 2))"
+        codes = [code(format, words, book, run) for run in runs]
+        if self.pairs:
+            lines, made = self._looked_up(book, codes, ROWS * warps)
+        elif plain(self.target):
+            lines, made = self._loaded(book, codes, ROWS * warps)
         else:
-            numbers = dict[int, str]()
-            for first, (run, name) in enumerate(zip(runs, names, strict=True)):
-                parts = [f"{name}_{i}" for i in range(format.size // 2)]
-                lines.append(
-                    f"{', '.join(parts)} = {self._entry(book)}({code(format, words, book, run)}, {self.entries})"
-                )
-                for i in range(format.size):
-                    place = first * format.size + i if format.axis == "k" else i * places + first
-                    numbers[place] = self._number(parts[i // 2], i % 2)
-            made = _stacked([numbers[place] for place in range(outputs * places)])
+            lines, made = self._gathered(book, codes)
         shape = f"[{warps}, {ROWS}, 4, {outputs}, {places // 4}, 2, 2]"
         made = f"tl.permute(tl.reshape({made}, {shape}), (4, 5, 2, 6, 3, 0, 1))"
         return [*lines, f"weights = tl.reshape({made}, [{format.span}, {warps * format.outputs}])"]
 
+    # -- the numbers of a lane [rows, 4, those of its first output, those of its second ...], and what they need first --
+
+    def _looked_up(self, book: int, codes: Sequence[str], rows: int) -> tuple[list[str], str]:
+        lines = [f"index = tl.reshape({_stacked(codes)}, [{rows * 4 * len(codes)}])"]
+        lines.append(f"found = tl.reshape(tl.gather({self.name}{book}, index, 0), [{rows}, 4, {len(codes)}])")
+        return lines, f"tl.join({self._number('found', 0)}, {self._number('found', 1)})"
+
+    def _loaded(self, book: int, codes: Sequence[str], rows: int) -> tuple[list[str], str]:
+        size, lines, names = self.format.size, list[str](), [f"entry{i}" for i in range(len(codes))]
+        for name, number in zip(names, codes, strict=True):
+            at = f"({number} + {self.format.starts[book]})[:, :, None] * {size} + tl.arange(0, {size})[None, None, :]"
+            entry = f"tl.load({self.entries} + {at}).to(tl.float32)"
+            lines.append(f"{name} = {dot_operand(entry, {'compute': self.compute}, self.target)}")
+        made = _stacked(names)
+        if self.format.axis == "k":
+            made = f"tl.permute(tl.reshape({made}, [{rows}, 4, {size}, {len(codes)}]), (0, 1, 3, 2))"
+        return lines, made
+
+    def _gathered(self, book: int, codes: Sequence[str]) -> tuple[list[str], str]:
+        size, lines, words = self.format.size, list[str](), list[list[str]]()
+        for i, number in enumerate(codes):
+            words.append([f"entry{i}_{j}" for j in range(size // 2)])
+            lines.append(f"{', '.join(words[-1])} = {self._named(book)}({number}, {self.entries})")
+        numbers = [[self._number(word, half) for word in entry for half in (0, 1)] for entry in words]
+        across = numbers if self.format.axis == "k" else zip(*numbers, strict=True)
+        return lines, _stacked([number for some in across for number in some])
+
     def _number(self, word: str, half: int) -> str:
         """Half a word in the compute dtype."""
         number = f"{('low', 'high')[half]}_{self.format.dtype}({word})"
-        if self.format.dtype == self.compute:
+        if self.format.dtype == self.compute and not interpreted(self.target):
             return number
         return dot_operand(f"{number}.to(tl.float32)", {"compute": self.compute}, self.target)
 
-    def _entry(self, book: int) -> str:
-        return f"entry{self.format.size}_{self.format.starts[book]}"
+    def _named(self, book: int) -> str:
+        return f"gather{self.format.size}_{self.format.starts[book]}"
 
     def _gather(self, book: int) -> str:
         """A function of codes and the pointer to the entries that gives the words of a book's entries."""
         size = self.format.size
-        registers, start = [f"${i}" for i in range(size // 2)], 2 * size * self.format.starts[book]
-        loads = []
+        registers, start, loads = [f"${i}" for i in range(size // 2)], 2 * size * self.format.starts[book], []
         for first in range(0, len(registers), 4):
             some = registers[first : first + 4]
-            at, into = f"[at+{start + 4 * first}]", ", ".join(some)
-            loads.append(
-                f"ld.global.nc.v{len(some)}.b32 {{{into}}}, {at};"
-                if len(some) > 1
-                else f"ld.global.nc.b32 {into}, {at};"
-            )
+            loads.append(f"ld.global.nc.v{len(some)}.b32 {{{', '.join(some)}}}, [at+{start + 4 * first}];")
         constraints = ",".join([*["=r"] * len(registers), "r", "l"])
-        result = f"(tl.int32,) * {len(registers)}" if len(registers) > 1 else "tl.int32"
         body = "\n".join(f"        {load}" for load in loads)
         return f'''@triton.jit
-def {self._entry(book)}(code, entries):
+def {self._named(book)}(code, entries):
     """The words of entries [{start // (2 * size)} + code] of {size} numbers of 16 bits."""
     return tl.inline_asm_elementwise(
         """
@@ -145,7 +167,7 @@ def {self._entry(book)}(code, entries):
 {body}
         }}
         """,
-        "{constraints}", [code, entries.to(tl.int64)], dtype={result}, is_pure=True, pack=1,
+        "{constraints}", [code, entries.to(tl.int64)], dtype=(tl.int32,) * {len(registers)}, is_pure=True, pack=1,
     )
 '''
 

@@ -125,8 +125,8 @@ class _Text:
         # Few rows are read once and repeated: what is computed of the others is not stored.
         self.read = before.FEW if most <= before.FEW else self.block_m
         self.gathered = [
-            Gathered(format, shape.compute, target, names[1].name)
-            for format, names in zip(self.formats, shape.stored(), strict=True)
+            Gathered(format, shape.compute, target, names[1].name, f"book{part}_")
+            for part, (format, names) in enumerate(zip(self.formats, shape.stored(), strict=True))
         ]
         self.pointers = [*shape.pointers(), *(split.POINTERS if split_k > 1 else [])]
         self.names = [pointer.name for pointer in self.pointers]
@@ -218,6 +218,7 @@ class _Stream:
             f"codes{s} = {self.stored['codes']} + ({lane})[:, None] + tl.arange(0, 16)[None, :]",
             f"{self.sum} = tl.zeros([{kernel.block_m}, {warps * format.outputs}], tl.float32)",
         ]
+        lines += self.gathered.once()
         if format.scale:
             lines.append(f"n_scale{s} = {prologue.offset(self.first)}tl.minimum(n, {rows - 1})")
         if format.norm:
