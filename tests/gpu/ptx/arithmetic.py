@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from gpu.ptx.values import DTYPES, Array, add_odd, flushed, fused, fused_double, halves, joined, narrow, widen
+from gpu.ptx.values import DTYPES, SMALL, Array, add_odd, flushed, fused, fused_double, halves, joined, narrow, widen
 
 Function = Callable[..., Array | tuple[Array, ...]]
 
@@ -24,6 +24,28 @@ class Pure:
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 BITS = {name: np.dtype(dtype).itemsize * 8 for name, dtype in DTYPES.items()}
 SMALL_TYPES = ("f16", "bf16", "f16x2", "bf16x2")
+COMPARISONS = {
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "lo",
+    "ls",
+    "hi",
+    "hs",
+    "num",
+    "nan",
+    "equ",
+    "neu",
+    "ltu",
+    "leu",
+    "gtu",
+    "geu",
+}
+MODIFIERS = {*DTYPES, *COMPARISONS, "rn", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "satfinite", "relu", "approx", "full", "NaN",
+             "wide", "cc", "l", "r", "wrap", "clamp", "and", "or", "xor"}  # fmt: skip
 ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 APPROXIMATE: dict[str, Callable[[Array], Array]] = {
     "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "sqrt": np.sqrt,
@@ -36,6 +58,8 @@ def pure(name: tuple[str, ...]) -> Pure | None:
     """What an instruction computes; None for one that is not among these."""
     kind, rest = name[0], name[1:]
     type_ = rest[-1] if rest else ""
+    if not MODIFIERS.issuperset(rest) or ("sat" in rest and type_[0] != "f"):
+        return None
     if kind == "cvt":
         return _convert(rest)
     if kind == "mov" or type_ == "pred":
@@ -121,19 +145,15 @@ def _integer(kind: str, rest: tuple[str, ...], type_: str) -> Pure | None:
     }  # fmt: skip
     if kind in two and "cc" not in rest:
         return Pure((type_,), (type_, type_), two[kind])
-    one: dict[str, Function] = {
-        "not": np.invert, "neg": np.negative, "abs": np.abs, "brev": lambda a: _reversed(a, bits),
-    }  # fmt: skip
+    one: dict[str, Function] = {"not": np.invert, "neg": np.negative, "abs": np.abs}
     if kind in one:
         return Pure((type_,), (type_,), one[kind])
-    count: dict[str, Function] = {"popc": np.bitwise_count, "clz": lambda a: bits - 1 - _highest(a), "bfind": _highest}
-    if kind in count:
-        return Pure(("u32",), (type_.replace("s", "u"),), lambda a: count[kind](a).astype(np.uint32))
     special: dict[str, Pure] = {
         "lop3": Pure(("b32",), ("b32",) * 4, _lop3),
         "prmt": Pure(("b32",), ("b32",) * 3, _prmt),
         "bfe": Pure((type_,), (type_, "u32", "u32"), functools.partial(_extract, bits, signed)),
-        "bfi": Pure((type_,), (type_, type_, "u32", "u32"), functools.partial(_insert, bits)),
+        "clz": Pure(("u32",), ("b32",), lambda a: np.uint32(32) - np.frexp(a.astype(np.float64))[1].astype(np.uint32)),
+        "popc": Pure(("u32",), (type_,), lambda a: np.bitwise_count(a).astype(np.uint32)),
         "shf": Pure(("b32",), ("b32",) * 3, functools.partial(_funnel, rest[0], "wrap" in rest)),
     }
     return special.get(kind)
@@ -180,21 +200,6 @@ def _quotient(a: Array, b: Array) -> Array:
     return quotient + ((quotient < 0) & (quotient * b != a)).astype(a.dtype)
 
 
-def _highest(a: Array) -> Array:
-    """The place of the highest bit that is set, -1 without one."""
-    mask = a.copy()
-    for by in (1, 2, 4, 8, 16, 32)[: int(np.log2(a.dtype.itemsize * 8))]:
-        mask |= mask >> a.dtype.type(by)
-    return np.bitwise_count(mask).astype(np.int32) - 1
-
-
-def _reversed(a: Array, bits: int) -> Array:
-    out = np.zeros_like(a)
-    for i in range(bits):
-        out |= (a >> a.dtype.type(i) & a.dtype.type(1)) << a.dtype.type(bits - 1 - i)
-    return out
-
-
 def _extract(bits: int, signed: bool, a: Array, at: Array, count: Array) -> Array:
     at, count = np.minimum(at & 0xFF, bits).astype(np.int64), np.minimum(count & 0xFF, bits).astype(np.int64)
     end = np.minimum(at + count, bits)
@@ -202,12 +207,6 @@ def _extract(bits: int, signed: bool, a: Array, at: Array, count: Array) -> Arra
     raised = np.where(up >= bits, 0, a << np.minimum(up, bits - 1).astype(a.dtype)).astype(a.dtype)
     found = np.where(down >= bits, 0, raised >> np.minimum(down, bits - 1).astype(a.dtype))
     return found.astype(a.dtype)
-
-
-def _insert(bits: int, a: Array, b: Array, at: Array, count: Array) -> Array:
-    at, count = (at & 0xFF).astype(np.uint64), (count & 0xFF).astype(np.uint64)
-    mask = ((np.uint64(1) << np.minimum(count, 63)) - np.uint64(1) << np.minimum(at, 63)).astype(a.dtype)
-    return b & ~mask | a << at.astype(a.dtype) & mask
 
 
 def _funnel(side: str, wrap: bool, a: Array, b: Array, amount: Array) -> Array:
@@ -281,8 +280,6 @@ def _float(kind: str, rest: tuple[str, ...], type_: str) -> Pure | None:
     one: dict[str, Function] = {"neg": np.negative, "abs": np.abs}
     if kind in APPROXIMATE and (approximate or kind in ("sqrt", "rcp")):
         one[kind] = lambda a: APPROXIMATE[kind](a.astype(np.float64)).astype(dtype)
-    if any(each in rest for each in ("rz", "rm", "rp")):
-        return None
     if kind == "fma":
         found, count = fused if type_ == "f32" else fused_double, 3
     elif kind in two:
@@ -309,17 +306,15 @@ def _convert(rest: tuple[str, ...]) -> Pure | None:
         if source.endswith("x2"):  # of 8 bits to 16
             small = source.removesuffix("x2")
             return Pure((to,), ("b16",), lambda a: joined(widen(np.stack([a & 255, a >> 8], -1), small), name))
-        finite, zero, bits = "satfinite" in how, "rz" in how, SMALL_BITS[name]
+        finite, bits = "satfinite" in how, SMALL[name].bits
         if source == "f32":
 
             def compute(high: Array, low: Array) -> Array:
-                low, high = (narrow(_ready(each, how), name, finite, zero) for each in (low, high))
+                low, high = (narrow(_ready(each, how), name, finite) for each in (low, high))
                 return (low | high << np.uint32(bits)).astype(DTYPES[to])
 
             return Pure((to,), ("f32", "f32"), compute)
         return Pure((to,), (source,), lambda a: _two(narrow(halves(a, source.removesuffix("x2")), name, finite), bits))
-    if to == "tf32":
-        return Pure(("b32",), ("f32",), lambda a: narrow(a.astype(np.float64), "tf32") << np.uint32(13))
     floats = ("f16", "bf16", "f32", "f64")
     if to not in DTYPES or source not in DTYPES:
         return None
@@ -338,19 +333,13 @@ def _convert(rest: tuple[str, ...]) -> Pure | None:
             if "sat" in how:
                 found = np.where(found > 0, np.minimum(found, 1), 0)
             if to in SMALL_TYPES:
-                return narrow(_ready(found, how), to, zero="rz" in how).astype(np.uint16)
+                return narrow(_ready(found, how), to).astype(np.uint16)
             return found.astype(DTYPES[to])
         if source in floats:
             return _whole(found.astype(np.float64), to)
-        if "sat" in how:
-            info = np.iinfo(DTYPES[to])
-            return np.clip(found.astype(object), info.min, info.max).astype(DTYPES[to])
         return found.astype(DTYPES[to])
 
     return Pure((to,), (source,), compute)
-
-
-SMALL_BITS = {"f16": 16, "bf16": 16, "e4m3": 8, "e5m2": 8}
 
 
 def _ready(values: Array, how: tuple[str, ...]) -> Array:

@@ -73,8 +73,9 @@ class _Batch:
         """The threads that are run one set after the other between barriers."""
         if random is None:
             return [np.ones(self.lanes.count, bool)]
-        warp = self.lanes.lane % self.lanes.threads // 32
-        return [warp == each for each in random.permutation(warp.max() + 1)]
+        groups = any(ins.name[0] == "wgmma" for ins in self.lanes.function.instructions)
+        part = self.lanes.lane % self.lanes.threads // (128 if groups else 32)
+        return [part == each for each in random.permutation(part.max() + 1)]
 
     def _run(self, ready: dict[int, Array]) -> None:
         """Runs threads until each waits or has ended; `ready` says from which instruction on."""

@@ -61,13 +61,6 @@ def vote(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
     lanes.write(to, _spread(lanes, warps, np.broadcast_to(found, warps.shape)), mask)
 
 
-def elect(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
-    assert isinstance(ins.operands[0], tuple)
-    warps = lanes.warps(mask)
-    lanes.write(ins.operands[0][0], np.zeros(lanes.count, np.uint32), mask)
-    lanes.write(ins.operands[0][1], _spread(lanes, warps, np.broadcast_to(np.arange(32) == 0, warps.shape)), mask)
-
-
 def _held(lanes: Lanes, operand: Operand | None, type_: str, warps: Array) -> Array:
     """The registers of a list, [warps, 32, registers]."""
     listed = operand if isinstance(operand, tuple) else (operand,)
@@ -100,17 +93,16 @@ def wgmma(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
         raise Fault("a part of a warp group executes what all of it must")
     groups = warps.reshape(-1, 4, 32)
     signs = [int(lanes.read(each, "s32")) for each in numbers]
-    if (tensor.BITS[left] == 16 or left == "tf32") and signs[:2] != [1, 1]:
+    if any(sign != 1 for sign in signs[:2]):
         raise Fault("products with a changed sign")
-    turned = signs[2:] if tensor.BITS[left] == 16 else []
+    turned = [sign == 1 for sign in signs[2:]]  # of A, where that is described, and of B
     held = _held(lanes, to, total, warps)
     kept = lanes.full(keep, "pred")[warps][:, :, None]
-    registers = isinstance(a, tuple)
-    if registers:
+    if isinstance(a, tuple):
         rows = tensor.left(_held(lanes, a, "b32", warps), left)
     else:
-        rows = _described(lanes, a, groups, 64, k, left, bool(turned and turned[0])).reshape(-1, 16, k)
-    columns = _described(lanes, b, groups, n, k, right, bool(turned and turned[-1]))
+        rows = _described(lanes, a, groups, 64, k, left, len(turned) == 2 and turned[0]).reshape(-1, 16, k)
+    columns = _described(lanes, b, groups, n, k, right, len(turned) > 0 and turned[-1])
     b_all = np.repeat(columns, 4, 0).transpose(0, 2, 1)
     _sums(lanes, to, warps, tensor.multiplied(rows, b_all, np.where(kept, held, held.dtype.type(0))), mask)
 
@@ -121,14 +113,11 @@ def _described(
     """What a descriptor says lies in shared memory: [groups, rows, k] numbers."""
     out, size = np.empty((len(groups), rows, k)), tensor.BITS[name] // 8
     descriptors = lanes.full(operand, "u64")[groups]
-    dtype = {"s8": np.int8, "u8": np.uint8, "tf32": np.uint32}.get(
-        name, {1: np.uint8, 2: np.uint16}.get(size, np.uint32)
-    )
+    dtype = {"s8": np.int8, "u8": np.uint8}.get(name, np.uint8 if size == 1 else np.uint16)
     for i, group in enumerate(groups):
         if (descriptors[i] != descriptors[i, 0, 0]).any():
             raise Fault("the threads of a warp group have different descriptors")
         places = tensor.described(int(descriptors[i, 0, 0]), rows, k, size, turned)
-        # A descriptor holds 18 bits of an address.
         block = np.full(places.shape, lanes.block[group[0, 0]])
         at = lanes.shared.places(block, places, size)
         lanes.shared.check(at, size, proxy=True)
@@ -142,7 +131,6 @@ def _nothing(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
 
 
 OPERATIONS: dict[str, Operation] = {
-    "shfl": shuffle, "redux": reduce, "vote": vote, "elect": elect, "mma": mma, "wgmma.mma_async": wgmma,
+    "shfl": shuffle, "redux": reduce, "vote": vote, "mma": mma, "wgmma.mma_async": wgmma,
     "wgmma.fence": _nothing, "wgmma.commit_group": _nothing, "wgmma.wait_group": _nothing, "createpolicy": _nothing,
-    "prefetch": _nothing, "griddepcontrol": _nothing, "nanosleep": _nothing, "setmaxnreg": _nothing,
 }  # fmt: skip

@@ -15,13 +15,13 @@ DTYPES: dict[str, type[np.generic]] = {
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     "f16": np.uint16, "bf16": np.uint16, "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64,
     "bf16x2": np.uint32, "f32": np.float32, "f64": np.float64,
-    "tf32": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "b128": np.uint64,
+    "e4m3x2": np.uint16, "e5m2x2": np.uint16, "b128": np.uint64,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Small:
-    """A float of up to 19 bits: those of its fraction, its bias, and how it says infinity (None: not at all, and one NaN)."""
+    """A float of 8 or 16 bits: those of its fraction, its bias, and how it says infinity (None: not at all, and one NaN)."""
 
     bits: int
     fraction: int
@@ -35,7 +35,6 @@ SMALL = {
     "bf16": Small(16, 7, 127, 0x7F80, 0x7FFF),
     "e4m3": Small(8, 3, 7, None, 0x7F),
     "e5m2": Small(8, 2, 15, 0x7C, 0x7F),
-    "tf32": Small(19, 10, 127, 0x3FC00, 0x3FFFF),
 }
 
 
@@ -45,8 +44,6 @@ def widen(bits: Array, name: str) -> Array:
         return bits.astype(np.uint16).view(np.float16).astype(np.float64)
     if name == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    if name == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     return _TABLES[name][bits]
 
 
@@ -67,23 +64,22 @@ def _table(name: str) -> Array:
 _TABLES = {name: _table(name) for name in ("e4m3", "e5m2")}
 
 
-def narrow(values: Array, name: str, finite: bool = False, zero: bool = False) -> Array:
-    """The bits of f64 numbers rounded to a small float, u32; `finite` ends at the largest number; `zero` cuts off instead."""
+def narrow(values: Array, name: str, finite: bool = False) -> Array:
+    """The bits of f64 numbers rounded to a small float, u32; `finite` ends at the largest number."""
     small = SMALL[name]
-    if name == "f16" and not (finite or zero):
+    if name == "f16" and not finite:
         return values.astype(np.float16).view(np.uint16).astype(np.uint32)
-    if name == "bf16" and not (finite or zero):
+    if name == "bf16" and not finite:
         return _bf16(values)
     magnitude = np.abs(values)
     exponent = np.where(magnitude > 0, np.maximum(np.frexp(magnitude)[1] - 1, 1 - small.bias), 1 - small.bias)
-    steps = np.ldexp(magnitude, small.fraction - exponent)
-    steps = np.trunc(steps) if zero else np.rint(steps)
+    steps = np.rint(np.ldexp(magnitude, small.fraction - exponent))
     # What carries out of the fraction adds one to the exponent by itself.
     code = ((exponent + small.bias - 1) * (1 << small.fraction) + np.where(np.isfinite(steps), steps, 0)).astype(
         np.int64
     )
     top = (small.infinity or small.nan) - 1
-    code = np.where(code > top, top if finite or zero else top + 1, code)
+    code = np.where(code > top, top if finite else top + 1, code)
     code = np.where(np.isinf(values), top if finite else top + 1, code)
     code |= np.signbit(values).astype(np.int64) << (small.bits - 1)
     return np.where(np.isnan(values), small.nan, code).astype(np.uint32)
