@@ -10,11 +10,24 @@ import torch
 from qcompile import operators
 from qcompile.artifact import Buffer, Graph, GraphNode, Port, View
 from qcompile.dtypes import DTYPES
-from qcompile.errors import ArtifactError
+from qcompile.errors import ArtifactError, ConfigError
 from qcompile.runtime.check import check_graph
 from qcompile.runtime.inputs import LENGTH, Signature
 from qcompile.runtime.runner import Runner
 from qcompile.runtime.state import State
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The torch device; ConfigError where torch has none of that name, or cannot use it on this machine."""
+    try:
+        made = torch.device(device)
+        torch.empty(1, device=made)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "torch cannot use this device", where=f"target 'reference:{device}'", found=str(error).splitlines()[0],
+            expected="a device of the installed torch and this machine", remedy="'reference' runs on the processor",
+        ) from None  # fmt: skip
+    return made
 
 
 class ReferenceSession(Runner):
@@ -31,7 +44,7 @@ class ReferenceSession(Runner):
         *,
         sizes: Mapping[str, tuple[int, int]] | None = None,
     ):
-        self.graph, self.device, self.states = graph, torch.device(device), graph.states
+        self.graph, self.device, self.states = graph, _usable(device), graph.states
         used = check_graph(graph)
         missing = sorted(used - weights.keys())
         if missing:

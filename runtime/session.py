@@ -11,7 +11,7 @@ from qcompile.runtime import native
 from qcompile.runtime.bounds import Bounds
 from qcompile.runtime.plan import Plan, Table
 from qcompile.runtime.planned import Binding, PlannedSession
-from qcompile.runtime.threads import default_threads, pool
+from qcompile.runtime.threads import checked, pool
 
 ROW = 24  # bytes of a row of the step table
 
@@ -46,7 +46,7 @@ class Session(PlannedSession):
         threads: int | None = None,
         bounds: Bounds | None = None,
     ):
-        self.threads = threads or default_threads()
+        self.threads = checked(threads)
         super().__init__(executable, weights, kernels, torch.device("cpu"), sizes=sizes, bounds=bounds)
 
     def _load(self, kernels: Mapping[str, Built]) -> dict[str, int]:

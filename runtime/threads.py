@@ -55,13 +55,20 @@ class Pool:
             worker.join()
 
 
+def checked(threads: int | None) -> int:
+    """`threads`, as many as the process may use if None; ConfigError for a count that makes no sense."""
+    count = default_threads() if threads is None else threads
+    if not 1 <= count <= 1024:
+        raise ConfigError("a thread count is out of range", where="threads", found=count, expected="1 to 1024")
+    return count
+
+
 def pool(threads: int) -> Pool:
     """The process's pool of that many threads; ConfigError for a count that makes no sense."""
     found = _POOLS.get(threads)
     if found is not None:
         return found
-    if not 1 <= threads <= 1024:
-        raise ConfigError("a thread count is out of range", found=threads, expected="1 to 1024")
+    checked(threads)
     with _LOCK:
         if threads not in _POOLS:
             _POOLS[threads] = Pool(threads)

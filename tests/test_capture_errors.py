@@ -207,6 +207,11 @@ def test_a_config_that_makes_no_model(folder):
     )
 
 
+def test_example_inputs_that_are_one_tensor():
+    error = error_of(ConfigError, torch.nn.Linear(4, 4), example_inputs=torch.ones(1, 4))
+    assert (error.found, error.remedy) == ("Tensor", "for a single input, pass example_inputs=(tensor,)")
+
+
 def test_more_layers_than_tensors(folder):
     edit(folder, num_hidden_layers=10**9)
     assert str(error_of(CheckpointError, folder)) == (

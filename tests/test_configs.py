@@ -118,6 +118,7 @@ ERRORS: list[tuple[Any, str]] = [
     (
         "{",
         "a quantization config is not JSON\n"
+        "  where:    '{'\n"
         "  found:    Expecting property name enclosed in double quotes: line 1 column 2 (char 1)\n"
         '  expected: {"quant_method": ...}',
     ),

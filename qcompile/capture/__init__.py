@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qcompile.capture.module import capture_module
@@ -32,6 +33,11 @@ def capture(
     whose logits [b, t, vocabulary] are wanted. The model is not changed, and code beside a checkpoint never runs.
     Errors: CaptureError when the model cannot be exported, CheckpointError when its files are damaged or incomplete.
     """
+    if isinstance(example_inputs, torch.Tensor | str):
+        raise ConfigError(
+            "example_inputs are several inputs", where="example_inputs", found=type(example_inputs).__name__,
+            expected="a tuple, or a dict by name", remedy="for a single input, pass example_inputs=(tensor,)",
+        )  # fmt: skip
     if isinstance(model, nn.Module):
         if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
             from qcompile.capture.huggingface import capture_model

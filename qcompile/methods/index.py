@@ -137,7 +137,10 @@ def _parse(config: Any, *, lenient: bool) -> tuple[Method, MethodConfig]:
             config = json.loads(config)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                "a quantization config is not JSON", found=str(error), expected='{"quant_method": ...}'
+                "a quantization config is not JSON",
+                where=reprlib.repr(config),
+                found=str(error),
+                expected='{"quant_method": ...}',
             ) from None
     if hasattr(config, "to_dict"):
         config = config.to_dict()

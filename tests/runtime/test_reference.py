@@ -38,6 +38,12 @@ def test_a_graph_runs_and_frees_what_nobody_needs():
     assert run.dead == [[], ["x"], ["t1", "t2"]]
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ConfigError, match=f"torch cannot use this device\n  where:    target 'reference:{device}'\n"):
+        ReferenceSession(artifacts.arithmetic_graph(), {"w": torch.zeros(2, 4)}, device)
+
+
 def test_a_returned_input_or_weight_is_a_copy():
     graph = Graph((Buffer("x", "f32", (2,), "input"),), (), (), {"x": {"node": "x"}, "w": {"tensor": "w"}})
     x, w = torch.ones(2), torch.zeros(3)

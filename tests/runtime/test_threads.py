@@ -38,6 +38,8 @@ def test_one_thread_has_no_workers():
 def test_a_thread_count_out_of_range(count):
     with pytest.raises(ConfigError, match="a thread count is out of range"):
         threads.pool(count)
+    with pytest.raises(ConfigError, match="a thread count is out of range"):
+        Session(small.arithmetic(), WEIGHTS, small.kernels(), threads=count)
 
 
 def test_a_stopped_pool_has_no_threads_left():
