@@ -107,7 +107,7 @@ class _Weights(Mapping[str, Packed]):
 
 
 def write_checkpoint(artifact: Artifact, tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the files of `export_checkpoint` to an empty folder, in no way that survives an interruption."""
+    """Write the files of `export_checkpoint` to the empty folder `folder`; an interruption leaves some of them."""
     chosen = None if artifact.quantization_config is None else parse_config(artifact.quantization_config)
     weights = _Weights(artifact.weights, tensors)
     config = {name: value for name, value in artifact.model_config.items() if name != "quantization_config"}

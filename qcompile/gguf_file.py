@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import TensorInfo, dtype_name, missing
+from qcompile.sources import TensorInfo, dtype_name, missing, tensor_at
 
 MAX_TENSORS, MAX_KEYS, MAX_NAME, MAX_RANK = 1_000_000, 100_000, 65_535, 4
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -190,12 +190,7 @@ class GgufFile:
 
     def read(self, name: str) -> torch.Tensor:
         stored = self._stored(name)
-        if stored.begin == stored.end:
-            return torch.empty(stored.info.shape, dtype=stored.dtype)
-        data = torch.frombuffer(self._data, dtype=torch.uint8, offset=stored.begin, count=stored.end - stored.begin)
-        if stored.begin % stored.dtype.itemsize:
-            data = data.clone()
-        return data.view(stored.dtype).reshape(stored.info.shape)
+        return tensor_at(self._data, stored.begin, stored.end, stored.dtype, stored.info.shape)
 
     def header(self) -> dict[str, str]:
         return {}

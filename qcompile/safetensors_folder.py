@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import TensorInfo, TensorSource, dtype_name, listing, missing
+from qcompile.sources import TensorInfo, TensorSource, dtype_name, listing, missing, tensor_at
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER, MAX_INDEX, MAX_RANK = 100_000_000, 200_000_000, 16
@@ -187,8 +187,6 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> torch.Tensor:
         stored = self._stored(name)
-        if stored.begin == stored.end:
-            return torch.empty(stored.shape, dtype=stored.dtype)
         if not self.mapped:
             copy = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
             with stored.path.open("rb") as file:
@@ -199,11 +197,7 @@ class SafetensorsFolder:
             with stored.path.open("rb") as file:
                 # A private map: torch wants writable memory, and what is written must never reach the file.
                 self._maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        whole = self._maps[stored.path]
-        data = torch.frombuffer(whole, dtype=torch.uint8, offset=stored.begin, count=stored.end - stored.begin)
-        if stored.begin % stored.dtype.itemsize:
-            data = data.clone()
-        return data.view(stored.dtype).reshape(stored.shape)
+        return tensor_at(self._maps[stored.path], stored.begin, stored.end, stored.dtype, stored.shape)
 
     def header(self) -> Mapping[str, str]:
         return self._metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,16 @@ def missing(name: str, source: TensorSource) -> CheckpointError:
         expected=name,
         remedy="check that the checkpoint is complete and belongs to this architecture",
     )
+
+
+def tensor_at(memory: mmap.mmap, begin: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor in the bytes begin .. end - 1 of a mapped file: a view, or a copy where its elements are not aligned."""
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    data = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=end - begin)
+    if begin % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).reshape(shape)
 
 
 def listing(folder: Path) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcompile.errors import CheckpointError, ConfigError
+from qcompile.errors import ConfigError
 from qcompile.methods import stored
 from qcompile.methods.compressed_tensors_args import Args
 
@@ -105,12 +105,5 @@ def ordered(name: str, groups: int, columns: int, source: TensorSource, module: 
     index = source.read(name)
     if int(index.max()) == -1:  # the package's word for "in order"
         return True
-    if int(index.min()) < 0 or int(index.max()) >= groups:
-        raise CheckpointError(
-            "a group index is out of range",
-            where=f"{name} (module {module.path})",
-            found=f"{int(index.min())} to {int(index.max())}",
-            expected=f"0 to {groups - 1}",
-            remedy="the file is damaged, or group_size is not the one it was made with",
-        )
+    stored.check_groups(index, groups, name, module)
     return torch.equal(index.long(), torch.arange(module.k) // columns)

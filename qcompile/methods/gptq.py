@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from qcompile.errors import CheckpointError, ConfigError
+from qcompile.errors import ConfigError
 from qcompile.methods import skip, stored
 from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 
@@ -273,15 +273,8 @@ class Gptq(Method):
         stored.expect(name, source, ("i32",), (module.k,), module)
         size = override.get("group_size", config.group_size)
         size = module.k if size == -1 else size
-        groups, index = -(-module.k // size), source.read(name)
-        if int(index.min()) < 0 or int(index.max()) >= groups:
-            raise CheckpointError(
-                "a group index is out of range",
-                where=f"{name} (module {module.path})",
-                found=f"{int(index.min())} to {int(index.max())}",
-                expected=f"0 to {groups - 1}",
-                remedy="the file is damaged, or group_size is not the one it was made with",
-            )
+        index = source.read(name)
+        stored.check_groups(index, -(-module.k // size), name, module)
         return not torch.equal(index.long(), torch.arange(module.k) // size)
 
     def quantize(self, config: MethodConfig, module: Module, weight: torch.Tensor) -> Packed:

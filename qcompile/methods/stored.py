@@ -92,6 +92,19 @@ def expect_all(fmt: Format, names: Mapping[str, str], source: TensorSource, modu
         expect(names[stored.name], source, (stored.dtype,), stored.shape, module)
 
 
+def check_groups(index: torch.Tensor, groups: int, name: str, module: Module) -> None:
+    """CheckpointError unless each entry of the stored tensor `name`, the group of each input, is in 0 .. groups - 1."""
+    least, most = int(index.min()), int(index.max())
+    if least < 0 or most >= groups:
+        raise CheckpointError(
+            "a group index is out of range",
+            where=f"{name} (module {module.path})",
+            found=f"{least} to {most}",
+            expected=f"0 to {groups - 1}",
+            remedy="the file is damaged, or group_size is not the one it was made with",
+        )
+
+
 def finite(tensor: torch.Tensor, name: str, module: Module | str) -> torch.Tensor:
     """The tensor of a module (or of the module of a path), if every number in it is finite.
 
