@@ -229,8 +229,9 @@ def tune(
     """
     rows: list[Row] = []
     seen = set[Problem]()
-    for contents in models:
-        for task in tasks(contents.artifact, code):
+    wanted = ((contents, task) for contents in models for task in tasks(contents.artifact, code))
+    with toolchain.workers_kept():
+        for contents, task in wanted:
             if task.problem in seen:
                 continue
             seen.add(task.problem)

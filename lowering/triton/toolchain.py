@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,9 @@ TYPES: dict[str, str] = {
     "f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
     "u8": "u8", "u16": "u16", "u32": "u32", "bool": "i1", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5", "f8e8m0": "u8",
 }  # fmt: skip
+
+
+_kept: ContextVar[tuple[ExitStack, list[_Worker]] | None] = ContextVar("kept", default=None)
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,9 @@ def compile_jobs(jobs: Sequence[Job], done: Callable[[Job], None] | None = None)
         return built
 
     made: dict[Job, Built] = {}
-    with ExitStack() as workers, ThreadPoolExecutor(max(count, 1)) as threads:
-        for _ in range(count):
-            idle.put(workers.enter_context(_Worker()))
+    with _workers(count) as workers, ThreadPoolExecutor(max(count, 1)) as threads:
+        for worker in workers:
+            idle.put(worker)
         waiting = {job: threads.submit(compiled, job) for job in order}
         try:
             for target in dict.fromkeys(job.target for job in order):
@@ -126,6 +130,29 @@ def compile_jobs(jobs: Sequence[Job], done: Callable[[Job], None] | None = None)
             threads.shutdown(wait=False, cancel_futures=True)
             raise
     return [made[job] for job in jobs]
+
+
+@contextmanager
+def workers_kept() -> Iterator[None]:
+    """Processes that compile do not end with each call in here, but serve the next ones too, which need not wait for Triton."""
+    with ExitStack() as stack:
+        token = _kept.set((stack, []))
+        try:
+            yield
+        finally:
+            _kept.reset(token)
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[list[_Worker]]:
+    """So many processes that compile: those that are kept, and new ones."""
+    with ExitStack() as own:
+        stack, kept = _kept.get() or (own, [])
+        workers = [kept.pop() if kept else stack.enter_context(_Worker()) for _ in range(count)]
+        try:
+            yield workers
+        finally:
+            kept += workers
 
 
 def _processors() -> int:

@@ -1,13 +1,16 @@
-"""Every test here draws the same numbers whatever ran before it, and tests of kernels run on several machines."""
+"""Every test here draws the same numbers whatever ran before it; tests of kernels run on several machines; and the processes
+that compile are started once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from gpu import compiled, interpret, triton_lowered
 
+from qcompile.lowering.triton import toolchain
 from qcompile.target import INTERPRET, target
 
 # Triton's interpreter, or the PTX that Triton makes for a target, evaluated.
@@ -82,3 +85,9 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
                 elif value is interpret.run:
                     monkeypatch.setattr(module, key, partial(compiled.run, place=place))
     return name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers() -> Iterator[None]:
+    with toolchain.workers_kept():
+        yield

@@ -327,7 +327,9 @@ def test_nothing_is_written_behind_the_result_and_by_programs_past_the_end(
         assert extent.written or torch.equal(old, new)
 
 
-@pytest.mark.parametrize("name", ["cuda:sm_80", "cuda:sm_90"])
+@pytest.mark.parametrize(
+    "name", ["cuda:sm_90", *(pytest.param(f"cuda:{name}", marks=pytest.mark.full) for name in ("sm_80", "sm_100"))]
+)
 def test_compiles(name: str) -> None:
     """Without spills; rows whose places are known multiples of 4 are moved 16 bytes at once."""
     place = target(name)

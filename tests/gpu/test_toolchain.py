@@ -9,6 +9,7 @@ import re
 import pytest
 
 from qcompile.errors import ToolchainError
+from qcompile.lowering.triton import toolchain
 from qcompile.lowering.triton.source import Source
 from qcompile.lowering.triton.text import module
 from qcompile.lowering.triton.toolchain import PTX_VERSION, compile_sources, key
@@ -20,6 +21,14 @@ at = tl.program_id(0) * 128 + tl.arange(0, 128)
 tl.store(y + at, tl.load(x + at, mask=at < d0) + 1.0, mask=at < d0)
 """
 SM80 = target("cuda:sm_80")
+
+
+@pytest.fixture(autouse=True)
+def _own_workers():
+    """Processes that compile are started by each test here, unlike in the others."""
+    token = toolchain._kept.set(None)
+    yield
+    toolchain._kept.reset(token)
 
 
 def source(body=BODY, **changes):
@@ -69,6 +78,19 @@ def test_a_compiler_that_dies_is_an_error_and_the_next_kernel_compiles(monkeypat
         compile_sources([fatal, source()], SM80)
     assert "exit status 3" in error.value.found
     os.remove(error.value.where)
+
+
+def test_a_process_that_is_kept_compiles_again(monkeypatch, tmp_path):
+    monkeypatch.setattr("qcompile.lowering.triton.toolchain._processors", lambda: 1)
+    told = f"\nimport os\nopen({str(tmp_path / 'processes')!r}, 'a').write(f'{{os.getpid()}} ')\n"
+    wanted = [source(text=source().text + told, warps=warps) for warps in (1, 2)]
+    with toolchain.workers_kept():
+        for each in wanted:
+            compile_sources([each], SM80)
+    (process, again) = (tmp_path / "processes").read_text().split()
+    assert process == again
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process), 0)
 
 
 def test_a_kernel_that_needs_more_shared_memory_than_there_is_is_refused():
