@@ -195,6 +195,7 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         *_shared_out(p),
         f"for step in range({'begin, end, parts' if p.part else 'begin, end'}):",
         *(f"    {line}" for line in _step(p, size, target)),
+        *([] if _factor(p) is None else [f"total = tl.where(most > {LOW}, total, 0.0)"]),
         *(_sums(p) if p.part else _result(p, target)),
     ]
     about = (
@@ -218,7 +219,11 @@ def _dims(p: Params) -> list[str]:
 
 
 def _range(p: Params, size: Tile) -> list[str]:
-    """Statements: `before`, the positions in front of the first query; keys low .. high - 1 are all that a row may see."""
+    """Statements: keys low .. high - 1 are all that the block's rows may see; each row sees `count` keys from `since` on.
+
+    Both are [rows, 1] or numbers. `count` is unsigned: one comparison with it says whether a key's distance from `since` is
+    neither below 0 nor too far.
+    """
     if p.cache:
         lines = [
             "before = tl.minimum(tl.maximum(tl.load(past), 0), d2).to(tl.int32)",
@@ -227,14 +232,18 @@ def _range(p: Params, size: Tile) -> list[str]:
         ]
     else:
         lines = ["before = d2 * 0", "first = d2 * 0", "keys = d2"]
-    lines += ["low = first", "high = keys"]
+    lines += ["low = first", "high = keys", "since = first", "until = keys - 1"]
     if p.window:
-        lines.append(
-            f"low = tl.maximum(low, before + tl.maximum(block * {size.rows} // {p.group}, 0) - {p.window - 1})"
-        )
+        lines += [
+            f"low = tl.maximum(low, before + tl.maximum(block * {size.rows} // {p.group}, 0) - {p.window - 1})",
+            f"since = tl.maximum(since, before + at_query - {p.window - 1})[:, None]",
+        ]
     if p.causal:
-        lines.append(f"high = tl.minimum(high, before + (block * {size.rows} + {size.rows - 1}) // {p.group} + 1)")
-    return lines
+        lines += [
+            f"high = tl.minimum(high, before + (block * {size.rows} + {size.rows - 1}) // {p.group} + 1)",
+            "until = tl.minimum(until, before + at_query)[:, None]",
+        ]
+    return [*lines, "count = tl.maximum(until - since + 1, 0).to(tl.uint32, bitcast=True)"]
 
 
 def _step(p: Params, size: Tile, target: Target) -> list[str]:
@@ -250,11 +259,6 @@ def _step(p: Params, size: Tile, target: Target) -> list[str]:
         key_at, value_at, dtypes = k.at("k", axes, **places), v.at("v", axes, **places), (k.dtype, v.dtype)
     key, value = (operand(name, dtype, p.compute, target) for name, dtype in zip(("key", "value"), dtypes, strict=True))
     score = dot("x", f"tl.trans({key})")
-    seen = ["(at >= first)[None, :] & (at < keys)[None, :]"]
-    if p.causal:
-        seen.append("(at[None, :] <= (before + at_query)[:, None])")
-    if p.window:
-        seen.append(f"(at[None, :] > (before + at_query - {p.window})[:, None])")
     lines = [
         f"at = step * {size.keys} + tl.arange(0, {size.keys})",
         "slot = at.to(tl.int64)",
@@ -262,7 +266,7 @@ def _step(p: Params, size: Tile, target: Target) -> list[str]:
         f"key_at = {key_at}",
         f"key = tl.load(k + key_at[:, None] + x_col, mask=there & (x_col < {p.d}), other=0.0)",
         f"score = {score if _raw(p) else scaled(score, p.scale, p.softcap, 1 / math.log(2) if _factor(p) else 1.0)}",
-        f"seen = {' & '.join(seen)}",
+        "seen = (at[None, :] - since).to(tl.uint32, bitcast=True) < count",
     ]
     if p.mask:
         # A mask that all heads and queries share is one row.
@@ -333,7 +337,7 @@ def _result(p: Params, target: Target) -> list[str]:
     ]
     return [
         *(sinks if p.sinks else []),
-        "result = acc / tl.where(total > 0.0, total, 1.0)[:, None]",
+        "result = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]",
         f"place = ((batch * d1 + position) * {p.heads} + query) * {p.dv}",
         f"tl.store(y + place[:, None] + col, {cast('result', p.y, target)}, mask=live[:, None] & (col < {p.dv}))",
     ]

@@ -44,11 +44,12 @@ def softmax_step(compute: str, value: str, target: Target, factor: float | None 
     """Statements: what a block of keys adds to `total` [rows] and `acc` [rows, columns], whose greatest score is `most`.
 
     `score` f32 and `seen` i1 are [rows, keys], `value` the operand [keys, columns] of a dot in `compute`. With a factor, a
-    score's share is 2 to the power of score * factor, which takes one instruction less; scores are then above `LOW`.
+    score's share is 2 to the power of score * factor, scores are above `LOW`, and the share of a key that is not seen is not
+    looked at: as long as `most` is `LOW`, total and acc may be anything, and the first key that is seen makes them 0.
     """
     params: dict[str, Any] = {"compute": compute}
     if factor is None:
-        keep, share = "tl.exp(most - new)", "tl.exp(score - new[:, None])"
+        keep, share = "tl.exp(most - new)", "tl.where(seen, tl.exp(score - new[:, None]), 0.0)"
     else:
         keep = f"tl.exp2((most - new) * {factor!r})"
         share = f"tl.exp2(score * {factor!r} - (new * {factor!r})[:, None])"
@@ -56,7 +57,7 @@ def softmax_step(compute: str, value: str, target: Target, factor: float | None 
         f"score = tl.where(seen, score, {LOWEST if factor is None else LOW})",
         "new = tl.maximum(most, tl.max(score, 1))",
         f"keep = {keep}",
-        f"share = tl.where(seen, {share}, 0.0)",
+        f"share = {share}",
         "total = total * keep + tl.sum(share, 1)",
         f"acc = acc * keep[:, None] + {dot(dot_operand('share', params, target), value)}",
         "most = new",
