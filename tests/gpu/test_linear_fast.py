@@ -95,8 +95,9 @@ def close(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, weights_rounded: 
 
 
 def rounds(format: Fragments, most: int, k: int) -> bool:
+    """Whether each weight may be rounded; the PTX for all GPUs has no kernel of its own for 5 to 32 rows."""
     tables = format.table is not None and format.table != E2M1
-    return tables or (most > 32 and format.group != k)
+    return tables or (most > (4 if INTERPRETED.portable else 32) and format.group != k)
 
 
 @pytest.mark.parametrize(("name", "kind"), [*CASES, *(pytest.param(*case, marks=pytest.mark.full) for case in REST)])
