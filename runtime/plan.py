@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,15 @@ def is_eager(kernel: str) -> bool:
     return kernel.startswith(("aten.", "qcompile."))
 
 
+def _arena(used: Sequence[tuple[Window, ...]], temporaries: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """The place of each of `temporaries` (name -> bytes) in one arena, and its bytes; `used` are each call's windows."""
+    lives: dict[str, tuple[int, int, int]] = {}
+    for at, windows in enumerate(used):
+        for name in (window.buffer for window in windows if window.buffer in temporaries):
+            lives[name] = (lives[name][0] if name in lives else at, at, temporaries[name])
+    return assign(lives)
+
+
 def make_plan(
     executable: Executable, sizes: Mapping[str, int], addresses: Mapping[str, int], bounds: Bounds | None = None
 ) -> Plan:
@@ -170,19 +179,12 @@ def make_plan(
     outputs = tuple(_window(port.view, numbers, elements, port.name) for port in executable.outputs)
 
     buffers = executable.buffers
-    lives: dict[str, tuple[int, int, int]] = {}
-    for at, args in enumerate([*windows, outputs]):
-        for window in args:
-            name = window.buffer
-            if buffers[name].kind == "temp":
-                first = lives[name][0] if name in lives else at
-                lives[name] = (first, at, elements[name] * itemsize(buffers[name].dtype))
-    places, arena = assign(lives)
-
+    lengths = {name: elements[name] * itemsize(buffer.dtype) for name, buffer in buffers.items()}
+    places, arena = _arena([*windows, outputs], {n: lengths[n] for n, b in buffers.items() if b.kind == "temp"})
     fixed = [name for name in sorted(buffers) if buffers[name].kind == "weight"]
     bound = (*[name for name in sorted(buffers) if buffers[name].kind in ("input", "output", "state")], *fixed)
     counting = {w.buffer for args in windows for w in args if buffers[w.buffer].kind == "counter"}
-    counters = max((elements[name] * itemsize(buffers[name].dtype) for name in counting), default=0)
+    counters = max((lengths[name] for name in counting), default=0)
     base = {name: index + 2 for index, name in enumerate(bound)} | dict.fromkeys(counting, 1)
     items: list[Native | Eager] = []
     names: list[tuple[str, ...]] = []
