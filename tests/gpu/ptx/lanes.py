@@ -92,7 +92,8 @@ class Lanes:
 
     def full(self, operand: Operand | None, type_: str) -> Array:
         """As `read`, with an element for each thread."""
-        return np.broadcast_to(self.read(operand, type_), self.count)
+        held = self.read(operand, type_)
+        return held if held.ndim else np.full(self.count, held)
 
     def chosen(self, mask: Array | None) -> Array:
         """The numbers of the threads at work."""

@@ -96,7 +96,7 @@ def _bf16(values: Array) -> Array:
 
 def halves(words: Array, name: str) -> Array:
     """The two numbers f64 [..., 2] in each register of 32 bits."""
-    return widen(np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], -1).astype(np.uint16), name)
+    return widen(words[..., None].view(np.uint16), name)
 
 
 def joined(values: Array, name: str) -> Array:
@@ -110,6 +110,8 @@ def add_odd(a: Array, b: Array) -> Array:
     total = a + b
     part = total - a
     error = (a - (total - part)) + (b - part)
+    if not error.any():
+        return total
     even = (total.view(np.int64) & 1) == 0
     toward = np.where(error > 0, np.inf, -np.inf)
     return np.where((error != 0) & np.isfinite(total) & even, np.nextafter(total, toward), total)
