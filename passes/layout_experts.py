@@ -73,7 +73,7 @@ class LayoutExperts(Pass):
             return found[0]
         problem = ctx.backend.may_join([(each.format, each.N) for each in found])
         joined = ctx.backend.join(found) if problem is None else ()
-        return joined[0] if len(joined) == 1 else problem
+        return joined[0] if len(joined) == 1 else problem or f"its {len(found)} parts have codebooks of their own"
 
     def _replace(
         self, program: Program, ctx: Context, node: Node, spec: ExpertsSpec, pieces: Sequence[_Piece], made: Packed

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from format_cases import CASES, random_storage
 
 from qcompile.artifact import Module, Origin, WeightRecord
+from qcompile.backend import CudaBackend
 from qcompile.evaluate import dequantize
 from qcompile.format import Format, Packed
 from qcompile.formats.codebook import Aqlm, Vptq
@@ -14,6 +18,7 @@ from qcompile.formats.higgs import Higgs
 from qcompile.formats.runs import CODEBOOKS, Runs, runs_for, runs_form
 from qcompile.original import original
 from qcompile.pack import pack, unpack
+from qcompile.passes.layout_experts import LayoutExperts, _Piece
 
 MORE: list[tuple[Format, int, int]] = [
     (Aqlm(1, 16), 40, 264),
@@ -98,3 +103,15 @@ def test_what_has_no_runs() -> None:
     assert runs_form(Aqlm(3, 16), 8, 64) == "codes of 48 bits"
     assert runs_form(Aqlm(1, 8, dtype="f32"), 8, 64) == "entries of f32"
     assert runs_form(Higgs(2, 8), 128, 64) == "scales of 8 inputs"
+
+
+def test_experts_with_books_of_their_own_stay_apart_and_the_report_says_so() -> None:
+    format, tensors, pieces = Aqlm(1, 8), dict[str, torch.Tensor](), []
+    for expert in "ab":
+        held = random_storage(format, 32, 64)
+        tensors |= {f"{expert}.{name}": tensor for name, tensor in held.items()}
+        nodes: Any = tuple(SimpleNamespace(meta={"tensor": f"{expert}.{name}"}) for name in held)
+        pieces.append(_Piece(expert, WeightRecord(format.to_json(), {}, 32, 64, 0, 32), nodes, format))
+    program: Any = SimpleNamespace(tensors=tensors)
+    found = LayoutExperts()._layout(SimpleNamespace(backend=CudaBackend()), program, pieces, 64)  # type: ignore[arg-type]
+    assert found == "its 2 parts have codebooks of their own"

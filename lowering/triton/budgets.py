@@ -47,9 +47,21 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("large", "fp", 8): Budget(6.2),
     ("int8", "int", 8): Budget(3.0),
     ("fp8", "fp", 8): Budget(3.0),
+    ("codebook", "k2x1", 2): Budget(3.0),
+    ("codebook", "k2x1", 3): Budget(2.9),
+    ("codebook", "k2x1", 4): Budget(2.9),
+    ("codebook", "k8x1", 2): Budget(1.9),
+    ("codebook", "k8x2", 2): Budget(2.5),
+    ("codebook", "k16x4", 2): Budget(3.8),
+    ("codebook", "n4x1", 3): Budget(3.8),
+    ("codebook", "n8x1", 2): Budget(2.5),
+    ("codebook", "n8x2", 2): Budget(4.2),
+    ("codebook", "n8x2", 3): Budget(4.2),
+    ("codebook", "n16x2", 2): Budget(3.1),
 }
-"""By (kind, value, bits), on capability 9.0. On others, kernels of more than 32 rows spend up to `OTHERS` times that: tensor
-cores take an instruction for 8 rows of x, or, from 10.0 on, read weights from a memory of their own."""
+"""By (kind, value, bits), on capability 9.0; "n8x2" is two books of eight weights along n. On others, kernels of more than 32
+rows spend up to `OTHERS` times that: tensor cores take an instruction for 8 rows of x, or, from 10.0 on, read weights from a
+memory of their own."""
 
 OTHERS = 1.25
 GENERIC = 14.0  # what plain arithmetic on a weight costs, about

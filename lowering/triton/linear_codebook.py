@@ -108,16 +108,26 @@ def emit(params: dict[str, Any], target: Target) -> Source:
     return before.joined(made, params.get("before"), ["x"], params["split_k"], target)
 
 
+def bits_of(format: Runs) -> int:
+    """The bits of a weight, as schedules know them."""
+    return -(-format.total // format.size)
+
+
+def value_of(format: Runs) -> str:
+    """What codes are worth, as schedules know it: "n8x2" is two books of eight weights along n."""
+    return f"{format.axis}{format.size}x{len(format.widths)}"
+
+
 class _Text:
     """Writes one kernel."""
 
     def __init__(self, shape: Shape, most: int, split_k: int, target: Target):
         self.shape, self.most, self.split_k, self.target = shape, most, split_k, target
         self.sections, self.formats = shape.sections(), _formats(shape)
-        widest = max(self.formats, key=lambda format: format.total / format.size)
+        widest = max(self.formats, key=bits_of)
         rows = max(section.rows for section in self.sections)
         self.plan = schedule.choose(
-            "codebook", rows, shape.k, most, -(-widest.total // widest.size), target.capability, value="codebook",
+            "codebook", rows, shape.k, most, bits_of(widest), target.capability, value=value_of(widest),
             split_k=split_k, streams=2 if shape.glu else 1,
         )  # fmt: skip
         largest = self.plan.warps * max(format.outputs for format in self.formats) * (2 if shape.glu else 1)

@@ -17,6 +17,7 @@ from qcompile.formats.codebook import Aqlm, Vptq
 from qcompile.formats.higgs import Higgs
 from qcompile.formats.runs import Runs, runs_for, runs_form
 from qcompile.lowering.triton import linear_codebook, sass, templates, toolchain
+from qcompile.lowering.triton.budgets import budget
 from qcompile.lowering.triton.linear import Shape
 from qcompile.target import target
 
@@ -122,14 +123,31 @@ def compiled(capability: int, chosen: list[int], most: int) -> None:
         assert built.launch is not None and built.launch.spills == 0
 
 
-def test_entries_are_multiplied_where_they_were_gathered() -> None:
-    """On tensor cores, with no exchange between threads: a code of eight weights costs few instructions."""
-    place = target("cuda:sm_90")
-    source = templates.emit(kernel(Aqlm(1, 16), (64,), 2048, 4, split_k=4), place)
+BOOKS: list[Format] = [
+    Higgs(3), Aqlm(1, 16), Aqlm(2, 8), Aqlm(4, 8, 1, 16), Higgs(2), Higgs(4), Vptq(4, 4096), Vptq(8, 2**16), Vptq(8, 256, 256),
+    Vptq(8, 2**16, 256), Vptq(16, 2**16, 1024),
+]  # fmt: skip
+ALL = [(format, capability, most) for format in BOOKS for capability in (80, 90, 100, 120) for most in (4, 32)]
+DAILY = [(format, 90, 4) for format in BOOKS[:1]]
+
+
+@pytest.mark.parametrize(
+    ("format", "capability", "most"),
+    [*DAILY, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL if case not in DAILY)],
+)
+def test_the_main_loop_is_within_its_budget(format: Format, capability: int, most: int) -> None:
+    """On tensor cores, codes loaded as 128 bits, with no exchange between threads."""
+    place, layout = target(f"cuda:sm_{capability}"), runs_form(format, 4096, 4096)
+    assert isinstance(layout, Runs)
+    bounds = budget("codebook", linear_codebook.value_of(layout), linear_codebook.bits_of(layout), capability)
+    source = templates.emit(kernel(format, (4096,), 4096, most), place)
     (built,) = toolchain.compile_sources([source], place)
-    assert built.launch is not None and built.launch.spills == 0
+    assert built.launch is not None and built.launch.spills == 0 and bounds is not None
     loop = sass.profile(built.object).main
-    assert loop.tensor_cores and loop.instructions / (64 * 128 / (32 * source.warps)) < 3.0
+    weights = source.warps * layout.outputs * layout.inputs / (32 * source.warps)
+    spent, counts = loop.instructions / weights, loop.counts()
+    assert loop.tensor_cores and loop.loads[128] >= layout.loads and not counts["SHFL"]
+    assert spent <= bounds.instructions, f"{spent:.2f} {counts}"
 
 
 @pytest.mark.full
