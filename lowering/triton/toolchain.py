@@ -29,7 +29,7 @@ from qcompile.errors import ToolchainError
 from qcompile.lowering.triton import sass
 from qcompile.lowering.triton.devices import DEVICES
 from qcompile.lowering.triton.source import Source
-from qcompile.target import LEAST_CAPABILITY, Target
+from qcompile.target import LEAST_CAPABILITY, PTX, Target
 
 WORKER = Path(__file__).parent / "worker.py"
 SECONDS = 300  # what takes longer is not compiling but stuck
@@ -58,12 +58,13 @@ class Job:
         """What a worker is asked, as its page describes it."""
         source, target = self.source, self.target
         types = ["*" + TYPES[dtype] for dtype in source.pointers] + ["i32"] * source.dims
-        gpu: list[Any] = ["cuda", LEAST_CAPABILITY if target.portable else target.capability, target.warp]
+        capability = LEAST_CAPABILITY if target.portable else target.capability
+        gpu: list[Any] = ["cuda", capability, target.warp]
         return {
             "text": source.text, "entry": source.entry, "signature": types,
             "gpu": gpu if target.isa == "ptx" else ["hip", target.code, target.warp],
             "warps": source.warps, "stages": source.stages, "fusion": source.fusion,
-            "ptx": PTX_VERSION if target.portable else None, "assemble": not target.portable,
+            "ptx": PTX_VERSION if capability == LEAST_CAPABILITY else None, "assemble": not target.portable,
         }  # fmt: skip
 
 
@@ -101,21 +102,31 @@ def compile_jobs(jobs: Sequence[Job], done: Callable[[Job], None] | None = None)
     caller would have to provide; it names a file with the text.
     """
     _triton()
+    wanted = dict.fromkeys(jobs)
+    least = [job for job in wanted if job.target.capability == LEAST_CAPABILITY]
+    fallbacks = {job: fallback for job in least if (fallback := Job(job.source, PTX)) in wanted}
     # What takes longest comes first, so that no processor waits for the last; PTX last, as nothing is read from it.
     order = sorted(
-        dict.fromkeys(jobs), key=lambda job: (job.target.portable, job.target.capability, -len(job.source.text))
+        (job for job in wanted if job not in fallbacks.values()),
+        key=lambda job: (job.target.portable, job.target.capability, -len(job.source.text)),
     )
     count = min(_processors(), len(order))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
-    def compiled(job: Job) -> Built:
+    def compiled(job: Job) -> dict[Job, Built]:
         worker = idle.get()
         try:
-            built = _built(job.source, job.target, worker.answer(job))
+            answer = worker.answer(job)
         finally:
             idle.put(worker)
+        built = {job: _built(job.source, job.target, answer)}
+        if job in fallbacks:
+            # It was assembled from the same PTX.
+            answer |= {"object": answer["ptx"], "registers": 0, "spills": 0}
+            built[fallbacks[job]] = _built(job.source, PTX, answer)
         if done is not None:
-            done(job)
+            for each in built:
+                done(each)
         return built
 
     made: dict[Job, Built] = {}
@@ -125,7 +136,8 @@ def compile_jobs(jobs: Sequence[Job], done: Callable[[Job], None] | None = None)
         waiting = {job: threads.submit(compiled, job) for job in order}
         try:
             for target in dict.fromkeys(job.target for job in order):
-                made |= _read({job: future.result() for job, future in waiting.items() if job.target == target})
+                futures = [future for job, future in waiting.items() if job.target == target]
+                made |= _read({job: built for future in futures for job, built in future.result().items()})
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
@@ -174,7 +186,7 @@ def _built(source: Source, target: Target, answer: dict[str, Any]) -> Built:
 
 
 def _read(made: Mapping[Job, Built]) -> dict[Job, Built]:
-    """Kernels of one target with what their main loops do, where there is machine code and a loop worth looking at."""
+    """Kernels of one target, and PTX, with what their main loops do, where there is machine code and a loop worth looking at."""
     cubins = {job: built for job, built in made.items() if job.target.isa == "ptx" and not job.target.portable}
     read = [job for job, built in cubins.items() if "tl.dot(" in built.source]
     found = dict(zip(read, sass.profiles([made[job].object for job in read]), strict=True))

@@ -6,8 +6,8 @@ FOLDER, which its caller removes. The environment variables that steer Triton ar
 A request has `text` (a module), `entry`, `signature` (the Triton types of its arguments, in order), `gpu` (what Triton calls
 it: "cuda" and the capability or "hip" and the architecture, and the threads of a warp), `warps`, `stages`, `fusion` (whether
 products and sums may fuse), `ptx` (the version that the PTX is written in, None for the newest) and `assemble` (false: the
-PTX is the answer, not machine code). An answer has `error`, or `object` (base64), `shared`, `warps`, `registers`, `spills`
-and `parameters`, the number of the entry's.
+PTX is the object, not machine code). An answer has `error`, or `object` and, where its version was asked for, `ptx` (both
+base64), `shared`, `warps`, `registers`, `spills` and `parameters`, the number of the entry's.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
     for name in ("global_scratch_size", "profile_scratch_size", "tensordesc_meta"):
         if getattr(meta, name, None):
             raise ValueError(f"the kernel needs {name} = {getattr(meta, name)}, which its caller would have to provide")
+    ptx = ""
     if "hsaco" in made.asm:
         content, (registers, spills, parameters) = made.asm["hsaco"], _described(made.asm["amdgcn"])
     else:
@@ -72,9 +73,13 @@ def compile_kernel(request: dict[str, Any], file: Path) -> dict[str, Any]:
         content, parameters = made.asm["cubin"] if request["assemble"] else ptx.encode(), _count(r"\.param\s", ptx)
         registers, spills = meta.usage if request["assemble"] else (0, 0)
     return {
-        "object": base64.b64encode(content).decode(), "shared": meta.shared, "warps": meta.num_warps,
-        "registers": registers, "spills": spills, "parameters": parameters,
+        "object": _text(content), "ptx": _text(ptx.encode()) if request["ptx"] else "",
+        "shared": meta.shared, "warps": meta.num_warps, "registers": registers, "spills": spills, "parameters": parameters,
     }  # fmt: skip
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _stages(file: Path, assemble: bool, fence: bool) -> Callable[..., Any]:

@@ -55,6 +55,17 @@ def test_ptx_is_in_a_version_that_older_drivers_read():
     assert str(os.getcwd()) not in text and "qcompile-triton" not in text
 
 
+def test_the_fallback_is_what_code_for_the_least_capability_is_assembled_from(monkeypatch):
+    asked, answer = [], toolchain._Worker.answer
+    monkeypatch.setattr(toolchain._Worker, "answer", lambda self, job: asked.append(job) or answer(self, job))
+    jobs = [toolchain.Job(source(), code) for code in (PTX, SM80)]
+    told = []
+    (both, machine) = toolchain.compile_jobs(jobs, told.append)
+    assert asked == jobs[1:] and sorted(told, key=jobs.index) == jobs
+    (alone,) = compile_sources([source()], PTX)
+    assert both == alone and machine.object[:4] == b"\x7fELF"
+
+
 def test_keys_tell_apart_what_compiles_differently():
     made = [key(source(), SM80), key(source(), PTX), key(source(warps=8), SM80), key(source(BODY + "pass"), SM80)]
     assert len(set(made)) == 4 and key(source(), SM80) == made[0]
