@@ -20,8 +20,10 @@ from qcompile.lowering.triton.rows import FLOATS, GIVEN, Rows, blocks, describe,
 
 @dataclass(frozen=True)
 class Shares:
-    """How up to `queries` new positions share out the cache among programs: in parts of `part` slots or more, whose sums are
-    written down and joined; as many as make about `programs` programs of one sequence.
+    """How up to `queries` new positions share out the cache among programs.
+
+    A part has `part` slots or more; its sums are written down and joined. There are as many as make about `programs` programs of
+    one sequence.
     """
 
     queries: int
