@@ -62,6 +62,8 @@ def pure(name: tuple[str, ...]) -> Pure | None:
         return None
     if kind == "cvt":
         return _convert(rest)
+    if sum(part in DTYPES for part in rest) > 1:
+        return _mixed(kind, rest[-2], type_)
     if kind == "mov" or type_ == "pred":
         return _plain(kind, type_)
     if kind in ("setp", "selp"):
@@ -75,6 +77,19 @@ def pure(name: tuple[str, ...]) -> Pure | None:
     if type_ in ("f32", "f64"):
         return _float(kind, rest, type_)
     return _integer(kind, rest, type_) if type_ in DTYPES else None
+
+
+def _mixed(kind: str, total: str, type_: str) -> Pure | None:
+    """Sums in f32 of numbers, or products, of 16-bit floats."""
+    if total != "f32" or type_ not in ("f16", "bf16") or kind not in ("add", "sub", "fma"):
+        return None
+
+    def number(bits: Array) -> Array:
+        return widen(bits, type_).astype(np.float32)  # which holds each of them
+
+    if kind == "fma":
+        return Pure((total,), (type_, type_, total), lambda a, b, c: fused(number(a), number(b), c))
+    return Pure((total,), (type_, total), lambda a, c: number(a) + c if kind == "add" else number(a) - c)
 
 
 def _plain(kind: str, type_: str) -> Pure | None:
