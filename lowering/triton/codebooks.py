@@ -16,7 +16,7 @@ from qcompile.target import Target
 _SETTLED = '''
 @triton.jit
 def settled(x):
-    """x, behind an instruction that keeps Triton from reading it in the order of what follows: it is put in that order first."""
+    """x, behind an instruction that Triton does not look through when it orders the operands of a product."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 '''
 
@@ -173,8 +173,8 @@ def {self._named(book)}(code, entries):
 
 
 SETTLED = {"settled": _SETTLED.strip()}
-"""What x goes through where it has the compute dtype already: tensor cores take its rows r and r + 8 together, which Triton
-would read from shared memory one by one, and move.
+"""What operands go through. x, where it has the compute dtype already: tensor cores take its rows r and r + 8 together, which
+Triton would read from shared memory one by one, and move. Weights: for operands that are joined, Triton 3.6 takes another order.
 """
 
 

@@ -252,7 +252,8 @@ class _Stream:
             lines.append(f"products = tl.zeros({self.sum}.shape, tl.float32)")
         for book in range(len(format.widths)):
             lines += self.gathered.statements(f"q{self.s}", book, piece, kernel.plan.warps)
-            lines.append(f"{to} = tl.dot(x_left, weights, {to})")
+            ready = "weights" if plain(kernel.target) else "settled(weights)"
+            lines.append(f"{to} = tl.dot(x_left, {ready}, {to})")
         return [*lines, f"{self.sum} += products * {self._scale(group)}"] if group else lines
 
     def _left(self) -> list[str]:
