@@ -44,8 +44,8 @@ COMPARISONS = {
     "gtu",
     "geu",
 }
-MODIFIERS = {*DTYPES, *COMPARISONS, "rn", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "satfinite", "relu", "approx", "full", "NaN",
-             "wide", "cc", "l", "r", "wrap", "clamp", "and", "or", "xor"}  # fmt: skip
+MODIFIERS = {*DTYPES, *COMPARISONS, "rn", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "satfinite", "relu", "approx", "full",
+             "NaN", "wide", "cc", "l", "r", "wrap", "clamp", "and", "or", "xor"}  # fmt: skip
 ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 APPROXIMATE: dict[str, Callable[[Array], Array]] = {
     "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "sqrt": np.sqrt,
@@ -330,6 +330,8 @@ def _convert(rest: tuple[str, ...]) -> Pure | None:
 
             return Pure((to,), ("f32", "f32"), compute)
         return Pure((to,), (source,), lambda a: _two(narrow(halves(a, source.removesuffix("x2")), name, finite), bits))
+    if how == ("rna",) and to == "tf32":  # halves away from zero
+        return Pure((to,), ("b32",), lambda a: a + np.uint32(0x1000) & np.uint32(0xFFFFE000))
     floats = ("f16", "bf16", "f32", "f64")
     if to not in DTYPES or source not in DTYPES:
         return None

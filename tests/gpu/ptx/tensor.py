@@ -14,11 +14,13 @@ from gpu.ptx.values import Array, widen
 
 LANES = np.arange(32)
 ROW, PLACE = LANES // 4, LANES % 4
-BITS = {"f16": 16, "bf16": 16, "s8": 8, "u8": 8, "e4m3": 8, "e5m2": 8}
+BITS = {"f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8, "e4m3": 8, "e5m2": 8}
 
 
 def elements(registers: Array, name: str) -> Array:
     """The numbers f64 [..., registers, elements of one] in registers u32."""
+    if name == "tf32":
+        return widen(registers, name)[..., None]
     dtype = {"s8": np.int8, "u8": np.uint8}.get(name, np.uint16 if BITS[name] == 16 else np.uint8)
     parts = np.ascontiguousarray(registers, np.uint32)[..., None].view(dtype)
     return parts.astype(np.float64) if name in ("s8", "u8") else widen(parts, name)

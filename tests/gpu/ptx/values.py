@@ -15,7 +15,7 @@ DTYPES: dict[str, type[np.generic]] = {
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     "f16": np.uint16, "bf16": np.uint16, "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64,
     "bf16x2": np.uint32, "f32": np.float32, "f64": np.float64,
-    "e4m3x2": np.uint16, "e5m2x2": np.uint16, "b128": np.uint64,
+    "tf32": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "b128": np.uint64,
 }  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def widen(bits: Array, name: str) -> Array:
         return bits.astype(np.uint16).view(np.float16).astype(np.float64)
     if name == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    if name == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     return _TABLES[name][bits]
 
 
