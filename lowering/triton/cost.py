@@ -24,8 +24,8 @@ PER_WARP = 0.4  # of a scheduler's issue slots that one warp fills
 
 def resident(problem: Problem, schedule: Schedule, gpu: Device) -> int:
     """Programs that one multiprocessor holds at a time."""
-    by_shared = gpu.processor_shared // max(shared_bytes(problem, schedule) + 1024, 1)
-    by_registers = 65536 // (32 * schedule.warps * registers(problem, schedule))
+    by_shared = gpu.processor_shared // max(shared_bytes(problem, schedule, gpu) + 1024, 1)
+    by_registers = 65536 // (32 * schedule.warps * registers(problem, schedule, gpu))
     return max(1, min(by_shared, by_registers, gpu.warps // schedule.warps))
 
 

@@ -38,8 +38,7 @@ class Text:
         )  # fmt: skip
         self.block_n = self.plan.block_n
         self.block_m = self.plan.block_m
-        together = self.plan.block_k // INPUTS
-        self.together = together if together and self.steps // split_k % together == 0 else 1
+        self.together = self.plan.block_k // INPUTS
         self.few = most <= SKINNY
         # Where warps have tensor cores of their own, Triton lets them share outputs, and decode the same weights; but where one
         # product adds to another's sum it gives each warp outputs of its own.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qcompile.formats.stream import planes
 from qcompile.lowering.triton.devices import Device
 
 FEW = 4
@@ -73,15 +74,20 @@ KINDS: dict[str, Kind] = {
     "generic": Kind((16, 32, 64), (32, 64, 128), (4,), (1, 2), most_m=64, pipelined=False),
     # Two warps: four or more would share one instruction of capability 9.0 and 10.0, which waits for memory more often.
     "skinny": Kind((64,), (128, 256), (2,), (3, 4, 5), most_m=32, least_m=8, decoding=True),
-    "mid": Kind((64, 128), (128,), (4, 8), (2, 3, 4), most_m=128, decoding=True),
-    "large": Kind((64, 128, 256), (128,), (4, 8), (2, 3, 4), most_m=128, least_m=64, decoding=True),
+    "mid": Kind((64, 128), (128, 256), (4, 8), (2, 3, 4), most_m=128, decoding=True),
+    "large": Kind((64, 128, 256), (128, 256), (4, 8), (2, 3, 4), most_m=128, least_m=64, decoding=True),
     "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "fp8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "codebook": Kind((64,), (128,), (2,), (2, 3), most_m=32),
 }
 
 
-def registers(problem: Problem, schedule: Schedule) -> int:
+def by_group(gpu: Device) -> bool:
+    """Whether four warps share an instruction of tensor cores, which reads x from shared memory while warps do other things."""
+    return gpu.capability // 10 in (9, 10)
+
+
+def registers(problem: Problem, schedule: Schedule, gpu: Device) -> int:
     """The registers of one thread, about: its sums, a step's operands in flight, and addresses."""
     threads = 32 * schedule.warps
     if problem.kind == "generic" and problem.m <= FEW:
@@ -90,17 +96,49 @@ def registers(problem: Problem, schedule: Schedule) -> int:
     operands = schedule.block_n * min(schedule.block_k, 128) / threads / 2
     if problem.kind == "generic":  # all weights and rows of a step at once, in f32, with what they are made of
         operands = 2 * (problem.streams * schedule.block_n + schedule.block_m) * schedule.block_k / threads
+    if problem.kind in ("mid", "large"):
+        if by_group(gpu):  # all of a step is decoded at once
+            operands = schedule.block_n * schedule.block_k / threads / 2
+            # From 10.0 on sums lie in a memory of tensor cores' own until the end.
+            return int(64 + sums + operands) if gpu.capability // 10 == 9 else int(40 + max(sums, operands))
+        if gpu.capability // 10 == 12 and problem.value == "table":  # its assembler looks entries up far ahead
+            operands *= 2
     return int(40 + sums + operands)
 
 
-def shared_bytes(problem: Problem, schedule: Schedule) -> int:
-    """The shared memory of one program, about: what the pipeline holds of w, its scales and x."""
-    kind = KINDS[problem.kind]
-    x = schedule.block_m * schedule.block_k * (1 if problem.kind in ("int8", "fp8") else 2)
+def shared_bytes(problem: Problem, schedule: Schedule, gpu: Device) -> int:
+    """The shared memory of one program: never less than it takes; where w is in fragments, at most `slack` more."""
+    kind, bn, bm, bk = KINDS[problem.kind], schedule.block_n, schedule.block_m, schedule.block_k
+    sums = 4 * bn * bm  # which change places before they are stored
     if not kind.pipelined:
-        return x
-    w = problem.streams * schedule.block_n * schedule.block_k * problem.stored_bits / 8
-    return int(max(schedule.stages - 1, 1) * (w + x))
+        return max(4 * bk * (bn + bm), sums)
+    codes = problem.kind in ("int8", "fp8")  # on both sides
+    x, w = bm * bk * (1 if codes else 2), problem.streams * bn * bk * problem.bits // 8
+    # What tensor cores read from shared memory is kept a step longer, where they may not have ended.
+    late = problem.kind in ("mid", "large") and gpu.capability // 10 == 9
+    late = late or problem.kind == "codebook" or (codes and by_group(gpu))
+    held = _ahead(schedule) * (w + x) + (x + w * codes) * late
+    return max(held + slack(problem, schedule, gpu), sums)
+
+
+def slack(problem: Problem, schedule: Schedule, gpu: Device) -> int:
+    """What of `shared_bytes` some kernels do not take, in bytes: scales that are loaded past it, room to reorder numbers."""
+    groups = max(1, schedule.block_k // problem.group) if problem.group else 0
+    scales = 4 * problem.streams * schedule.block_n * groups * _ahead(schedule)
+    if problem.kind == "skinny" and problem.m <= FEW:  # x in 32 bits, and the scale and shift of a norm
+        scales += (2 * schedule.block_m + 8) * schedule.block_k * _ahead(schedule)
+    moved = schedule.block_n == 16 * schedule.warps or 1 in planes(problem.bits)
+    if moved and problem.kind in ("mid", "large") and not by_group(gpu):
+        return scales + 2 * schedule.block_n * 128  # of decoded weights
+    if gpu.capability // 10 == 10:
+        x = 2 * schedule.block_m * schedule.block_k  # where w waits for tensor cores as well
+        return scales + x + 64 + schedule.block_n * 16 * max(problem.bits, 4)  # of codes
+    return scales + 64 + 4 * schedule.block_n  # of scales
+
+
+def _ahead(schedule: Schedule) -> int:
+    """Steps whose loads are under way while one is computed."""
+    return max(schedule.stages - 1, 1)
 
 
 def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
@@ -112,14 +150,16 @@ def illegal(problem: Problem, schedule: Schedule, gpu: Device) -> str:
         return f"a step of {schedule.block_k} inputs cuts groups of {problem.group}"
     if problem.split_k > 1 and problem.k // problem.split_k % schedule.block_k:
         return f"a step of {schedule.block_k} inputs cuts a part of {problem.k // problem.split_k}"
+    if kind.decoding and problem.k // problem.split_k % schedule.block_k and schedule.block_k > min(kind.block_k):
+        return f"steps of {schedule.block_k} inputs do not end with K = {problem.k}"
     if schedule.block_n < 16 * schedule.warps and kind.pipelined:
         return f"{schedule.warps} warps share {schedule.block_n} outputs; 16 a warp are the least"
-    if kind.decoding and gpu.capability // 10 not in (9, 10) and 2 * schedule.block_m > schedule.block_n:
+    if kind.decoding and not by_group(gpu) and 2 * schedule.block_m > schedule.block_n:
         return f"{schedule.block_m} rows: warps would share outputs, and decode the same weights"
-    if registers(problem, schedule) > 220:
-        return f"about {registers(problem, schedule)} registers a thread"
-    if shared_bytes(problem, schedule) > gpu.shared:
-        return f"about {shared_bytes(problem, schedule)} bytes of shared memory, {gpu.shared} are the most"
+    if (count := registers(problem, schedule, gpu)) > 220:
+        return f"about {count} registers a thread"
+    if (bytes_ := shared_bytes(problem, schedule, gpu)) > gpu.shared:
+        return f"about {bytes_} bytes of shared memory, {gpu.shared} are the most"
     return ""
 
 

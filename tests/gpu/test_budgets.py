@@ -10,8 +10,9 @@ from qcompile.artifact import KernelSpec
 from qcompile.formats.fragments import Fragments
 from qcompile.formats.minifloat import E2M1
 from qcompile.formats.tables import NF4
-from qcompile.lowering.triton import sass, templates
+from qcompile.lowering.triton import sass, schedule, templates, tiles
 from qcompile.lowering.triton.budgets import budget
+from qcompile.lowering.triton.devices import device
 from qcompile.lowering.triton.fragment_way import value_of
 from qcompile.lowering.triton.linear import Shape
 from qcompile.lowering.triton.source import Source
@@ -58,9 +59,14 @@ def test_a_row_and_its_norm_are_within_the_budget() -> None:
 def _check(shape: Shape, most: int, kind: str, format: Fragments, capability: int) -> None:
     code = target(f"cuda:sm_{capability}")
     bounds = budget(kind, value_of(format), format.bits, capability, format.group)
-    source = templates.emit(KernelSpec("linear-fragments", shape.params(most=most, split_k=1)), code)
+    with schedule.watched() as chosen:
+        source = templates.emit(KernelSpec("linear-fragments", shape.params(most=most, split_k=1)), code)
     (made,) = compile_sources([source], code)
     assert made.launch is not None and made.launch.spills == 0 and made.launch.shared <= SHARED[capability]
+    ((problem, tile),) = chosen
+    reckoned, slack = (reckon(problem, tile, device(capability)) for reckon in (tiles.shared_bytes, tiles.slack))
+    sums = 4 * tile.block_n * tile.block_m
+    assert made.launch.shared <= reckoned <= max(made.launch.shared + slack, sums), problem
     found = sass.profile(made.object)
     assert found.code.spills == 0 and found.main.tensor_cores and bounds is not None
     spent = found.main.instructions / _weights(source)

@@ -37,7 +37,7 @@ def test_every_problem_has_a_schedule_that_fits_the_gpu(kind):
             assert legal and len(set(legal)) == len(legal)
             for schedule in legal:
                 assert not illegal(problem, schedule, gpu)
-                assert shared_bytes(problem, schedule) <= gpu.shared
+                assert shared_bytes(problem, schedule, gpu) <= gpu.shared
                 assert schedule.warps in KINDS[kind].warps and schedule.block_m <= KINDS[kind].most_m
                 assert problem.k // problem.split_k % schedule.block_k == 0 or problem.split_k == 1
 
