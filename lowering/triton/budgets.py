@@ -51,7 +51,7 @@ BUDGETS: dict[tuple[str, str, int], Budget] = {
     ("codebook", "k2x1", 3): Budget(2.9),
     ("codebook", "k2x1", 4): Budget(2.9),
     ("codebook", "k8x1", 2): Budget(1.9),
-    ("codebook", "k8x2", 2): Budget(2.5),
+    ("codebook", "k8x2", 2): Budget(2.6),
     ("codebook", "k16x4", 2): Budget(3.8),
     ("codebook", "n4x1", 3): Budget(3.8),
     ("codebook", "n8x1", 2): Budget(2.5),
