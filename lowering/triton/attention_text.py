@@ -44,15 +44,15 @@ def softmax_step(compute: str, value: str, target: Target, factor: float | None 
     """Statements: what a block of keys adds to `total` [rows] and `acc` [rows, columns], whose greatest score is `most`.
 
     `score` f32 and `seen` i1 are [rows, keys], `value` the operand [keys, columns] of a dot in `compute`. With a factor, a
-    score's share is 2 to the power of score * factor, scores are above `LOW`, and the share of a key that is not seen is not
-    looked at: as long as `most` is `LOW`, total and acc may be anything, and the first key that is seen makes them 0.
+    score's share is 2 to the power of score * factor, scores are above `LOW`, and that of a key that is not seen is `LOW`: its share
+    is 0. While none was seen nothing is taken off: LOW * factor less its own rounded value is no 0 where that is fused.
     """
     params: dict[str, Any] = {"compute": compute}
     if factor is None:
         keep, share = "tl.exp(most - new)", "tl.where(seen, tl.exp(score - new[:, None]), 0.0)"
     else:
         keep = f"tl.exp2((most - new) * {factor!r})"
-        share = f"tl.exp2(score * {factor!r} - (new * {factor!r})[:, None])"
+        share = f"tl.exp2(score * {factor!r} - tl.where(new > {LOW}, new * {factor!r}, 0.0)[:, None])"
     return [
         f"score = tl.where(seen, score, {LOWEST if factor is None else LOW})",
         "new = tl.maximum(most, tl.max(score, 1))",
