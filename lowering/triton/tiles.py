@@ -31,8 +31,8 @@ class Schedule:
 class Problem:
     """What a schedule is chosen for: a kind of linear kernel, w [n, k], at most m rows of x.
 
-    `bits` are those of one code; `value` names what codes are worth ("int", "table", "fp", or books as in "k8x2"), on which the number
-    of instructions depends; `group` is how many inputs share a scale (0: all). K is summed in `split_k` parts.
+    `bits` are those of one weight; `value` names what codes are worth ("int", "table", "fp", or books as in "k8x2"), on which the
+    number of instructions depends; `group` is how many inputs share a scale (0: all). K is summed in `split_k` parts.
     `streams` are the weights of that size that one program multiplies side by side: two for gate and up.
     """
 
