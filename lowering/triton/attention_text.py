@@ -44,8 +44,8 @@ def softmax_step(compute: str, value: str, target: Target, factor: float | None 
     """Statements: what a block of keys adds to `total` [rows] and `acc` [rows, columns], whose greatest score is `most`.
 
     `score` f32 and `seen` i1 are [rows, keys], `value` the operand [keys, columns] of a dot in `compute`. With a factor, a
-    score's share is 2 to the power of score * factor, scores are above `LOW`, and that of a key that is not seen is `LOW`: its share
-    is 0. While none was seen nothing is taken off: LOW * factor less its own rounded value is no 0 where that is fused.
+    score's share is 2 to the power of score * factor; that of a key that is not seen is 0, as its score is `LOW`. Until one
+    was seen nothing is taken off: LOW * factor less its own rounded value is no 0 where that is fused.
     """
     params: dict[str, Any] = {"compute": compute}
     if factor is None:
