@@ -98,7 +98,7 @@ def registers(problem: Problem, schedule: Schedule, gpu: Device) -> int:
         operands = 2 * (problem.streams * schedule.block_n + schedule.block_m) * schedule.block_k / threads
     if problem.kind in ("mid", "large"):
         if by_group(gpu):  # all of a step is decoded at once
-            operands = schedule.block_n * schedule.block_k / threads / 2
+            operands = problem.streams * schedule.block_n * schedule.block_k / threads / 2
             # From 10.0 on sums lie in a memory of tensor cores' own until the end.
             return int(64 + sums + operands) if gpu.capability // 10 == 9 else int(40 + max(sums, operands))
         if gpu.capability // 10 == 12 and problem.value == "table":  # its assembler looks entries up far ahead
@@ -129,10 +129,10 @@ def slack(problem: Problem, schedule: Schedule, gpu: Device) -> int:
         scales += (2 * schedule.block_m + 8) * schedule.block_k * _ahead(schedule)
     moved = schedule.block_n == 16 * schedule.warps or 1 in planes(problem.bits)
     if moved and problem.kind in ("mid", "large") and not by_group(gpu):
-        return scales + 2 * schedule.block_n * 128  # of decoded weights
+        return scales + 2 * problem.streams * schedule.block_n * 128  # of decoded weights
     if gpu.capability // 10 == 10:
         x = 2 * schedule.block_m * schedule.block_k  # where w waits for tensor cores as well
-        return scales + x + 64 + schedule.block_n * 16 * max(problem.bits, 4)  # of codes
+        return scales + x + 64 + problem.streams * schedule.block_n * 16 * max(problem.bits, 4)  # of codes
     return scales + 64 + 4 * schedule.block_n  # of scales
 
 
