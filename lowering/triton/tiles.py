@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
     # Two warps: four or more would share one instruction of capability 9.0 and 10.0, which waits for memory more often.
     "skinny": Kind((64,), (128, 256), (2,), (3, 4, 5), most_m=32, least_m=8, decoding=True),
     "mid": Kind((64, 128), (128, 256), (4, 8), (2, 3, 4), most_m=128, decoding=True),
-    "large": Kind((64, 128, 256), (128, 256), (4, 8), (2, 3, 4), most_m=128, least_m=64, decoding=True),
+    "large": Kind((64, 128, 256), (128, 256), (4, 8), (2, 3, 4), most_m=128, least_m=32, decoding=True),
     "int8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "fp8": Kind((64, 128), (64, 128), (4, 8), (2, 3, 4), most_m=128),
     "codebook": Kind((64,), (128,), (2,), (2, 3), most_m=32),
