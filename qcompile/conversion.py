@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from qcompile.methods.base import Method, MethodConfig, Quantized, Skip
 from qcompile.methods.index import parse_config
 from qcompile.repack import different, repack, weights
 from qcompile.safetensors_folder import SafetensorsFolder
-from qcompile.sources import TensorInfo, TensorSource
+from qcompile.sources import Names, TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     from qcompile.program import Program
@@ -150,9 +151,13 @@ class _Floats:
     of: _Source
     floats: Mapping[str, Module]
 
-    def names(self) -> tuple[str, ...]:
+    @functools.cached_property
+    def _names(self) -> Names:
         claimed = self.of.claimed()
-        return (*(name for name in self.of.source.names() if name not in claimed), *self.floats)
+        return Names((*(name for name in self.of.source.names() if name not in claimed), *self.floats))
+
+    def names(self) -> Names:
+        return self._names
 
     def info(self, name: str) -> TensorInfo:
         module = self.floats.get(name)

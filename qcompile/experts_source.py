@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import TensorInfo, TensorSource, Wrapper, missing
+from qcompile.sources import Names, TensorInfo, TensorSource, Wrapper, missing
 
 FLOATS = ("f32", "f16", "bf16")
 _ONE_OF_MANY = re.compile(r"(?P<layer>.+\.(?P<expert>\d+)\.[^.]+)\.")
@@ -30,11 +30,11 @@ class PerExpert(Wrapper):
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @functools.cached_property
-    def _names(self) -> tuple[str, ...]:
+    def _names(self) -> Names:
         inside = {name for experts in self.merged.values() for names in experts for name in names}
-        return (*(name for name in self.source.names() if name not in inside), *self.merged)
+        return Names((*(name for name in self.source.names() if name not in inside), *self.merged))
 
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Names:
         return self._names
 
     def info(self, name: str) -> TensorInfo:
@@ -73,7 +73,7 @@ class PerExpert(Wrapper):
 def per_expert(source: TensorSource, shell: Any) -> TensorSource:
     """`source` as the architecture of `shell` wants it, by transformers' own table of which tensors it merges."""
     state = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
-    there = set(source.names())
+    there = source.names()
     inside: dict[str, set[str]] = {}
     for name in there:
         match = _ONE_OF_MANY.match(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import TensorInfo, dtype_name, missing, tensor_at
+from qcompile.sources import Names, TensorInfo, dtype_name, missing, tensor_at
 
 MAX_TENSORS, MAX_KEYS, MAX_NAME, MAX_RANK = 1_000_000, 100_000, 65_535, 4
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -177,8 +178,12 @@ class GgufFile:
         shape = (*shape[:-1], shape[-1] // weights * size)
         return name, TensorInfo("u8", shape, encoding), torch.uint8, math.prod(shape), offset
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
+    @functools.cached_property
+    def _names(self) -> Names:
+        return Names(self._tensors)
+
+    def names(self) -> Names:
+        return self._names
 
     def _stored(self, name: str) -> _Stored:
         if name not in self._tensors:

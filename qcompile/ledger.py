@@ -18,12 +18,9 @@ class Ledger:
     claims: dict[str, list[str]] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._names = frozenset(self.source.names())
-
     def claim(self, name: str, by: str) -> None:
         """Note that tensor `name` is used by `by` (a module path, or the tensor's own name); claims repeat freely."""
-        if name not in self._names:
+        if name not in self.source.names():
             raise missing(name, self.source)
         users = self.claims.setdefault(name, [])
         if by not in users:
@@ -31,7 +28,7 @@ class Ledger:
 
     def ignore(self, name: str, reason: str) -> None:
         """Note that tensor `name` is deliberately not used, and why."""
-        if name not in self._names:
+        if name not in self.source.names():
             raise missing(name, self.source)
         self.ignored[name] = reason
 

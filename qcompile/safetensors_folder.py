@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import TensorInfo, TensorSource, dtype_name, listing, missing, tensor_at
+from qcompile.sources import Names, TensorInfo, TensorSource, dtype_name, listing, missing, tensor_at
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER, MAX_INDEX, MAX_RANK = 100_000_000, 200_000_000, 16
@@ -173,8 +174,12 @@ class SafetensorsFolder:
                 place = "nowhere" if found is None else found.path.name
                 raise _damaged(index, f"tensor '{name}' is not where the index says", place, file)
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
+    @functools.cached_property
+    def _names(self) -> Names:
+        return Names(self._tensors)
+
+    def names(self) -> Names:
+        return self._names
 
     def _stored(self, name: str) -> _Stored:
         if name not in self._tensors:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 
@@ -32,10 +34,52 @@ class TensorInfo:
     encoding: str = ""
 
 
+class Names(Sequence[str]):
+    """The names of a source's tensors, in its order. Neither `in` nor `under` looks at all of them.
+
+    >>> names = Names(["b.weight", "a.bias", "a.weight"])
+    >>> list(names), "a.bias" in names, names.under("a.")
+    (['b.weight', 'a.bias', 'a.weight'], True, ['a.bias', 'a.weight'])
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._names = tuple(names)
+        self._there = frozenset(self._names)
+
+    @functools.cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self._names)
+
+    def under(self, prefix: str) -> list[str]:
+        """The names that start with `prefix`, sorted."""
+        start = end = bisect.bisect_left(self._sorted, prefix)
+        while end < len(self._sorted) and self._sorted[end].startswith(prefix):
+            end += 1
+        return self._sorted[start:end]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._there
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, at: int | slice) -> str | tuple[str, ...]:
+        return self._names[at]
+
+
 class TensorSource(Protocol):
     """Named tensors that are read one at a time; a name that is not there is a CheckpointError."""
 
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> Names: ...
 
     def info(self, name: str) -> TensorInfo: ...
 
@@ -91,9 +135,10 @@ class ModuleState:
         kept = self.module.state_dict(keep_vars=True).keys()
         named = [*self.module.named_parameters(), *((n, b) for n, b in self.module.named_buffers() if n in kept)]
         self._tensors = {name: tensor.detach() for name, tensor in named}
+        self._names = Names(self._tensors)
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
+    def names(self) -> Names:
+        return self._names
 
     def info(self, name: str) -> TensorInfo:
         tensor = self.read(name)
@@ -123,7 +168,7 @@ class Wrapper:
 
     source: TensorSource
 
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Names:
         return self.source.names()
 
     def info(self, name: str) -> TensorInfo:
@@ -148,8 +193,12 @@ class Renamed(Wrapper):
 
     to: dict[str, str]
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.to)
+    @functools.cached_property
+    def _names(self) -> Names:
+        return Names(self.to)
+
+    def names(self) -> Names:
+        return self._names
 
     def info(self, name: str) -> TensorInfo:
         return self.source.info(self.old(name))

@@ -9,7 +9,7 @@ import torch
 
 from qcompile.errors import CheckpointError
 from qcompile.program import Module
-from qcompile.sources import TensorInfo, dtype_name
+from qcompile.sources import Names, TensorInfo, dtype_name
 
 
 @dataclass
@@ -21,8 +21,8 @@ class InMemory:
     notes: dict[str, str] = field(default_factory=dict)
     sidecars: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
+    def names(self) -> Names:
+        return Names(self.tensors)
 
     def info(self, name: str) -> TensorInfo:
         tensor = self.read(name)

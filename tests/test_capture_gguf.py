@@ -146,7 +146,7 @@ def test_every_plain_and_block_type_is_read(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     file, reader = GgufFile(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
-    assert file.names() == tuple(t.name for t in reader.tensors)
+    assert tuple(file.names()) == tuple(t.name for t in reader.tensors)
     for tensor in reader.tensors:
         found = file.read(tensor.name).numpy()
         assert found.dtype == tensor.data.dtype and np.array_equal(found, tensor.data)

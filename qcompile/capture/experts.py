@@ -61,7 +61,7 @@ def use(model: Any) -> None:
 
 def expert_modules(model: Any, source: TensorSource) -> dict[str, Module]:
     """The weights of every mixture of experts in `model`, by the path of the parameter."""
-    found, there = {}, set(source.names())
+    found, there = {}, source.names()
     for path, module in model.named_modules():
         for name in weights(module) if is_experts(module) else ():
             weight, full = getattr(module, name), f"{path}.{name}".lstrip(".")

@@ -73,7 +73,7 @@ def weight_modules(model: nn.Module, source: TensorSource, head: nn.Module | Non
     for path, module in model.named_modules():
         if _kind(module) is not None:
             found[path] = (module, first[f"{path}.weight" if path else "weight"])
-    there, modules = set(source.names()), {}
+    there, modules = source.names(), {}
     last = next((name for name, _ in reversed(list(model.named_parameters()))), "")
     exact = getattr(model, "_keep_in_fp32_modules", None) or ()
     for path, (module, weight) in found.items():

@@ -233,7 +233,7 @@ def _no_scale(name: str, args: Args, path: str, source: TensorSource) -> QCompil
     return CheckpointError(
         "an attention module lacks a scale for its keys or values",
         where=path,
-        found=", ".join(other for other in source.names() if other.startswith(f"{path}.") and "_scale" in other),
+        found=", ".join(other for other in source.names().under(f"{path}.") if "_scale" in other),
         expected=name,
         remedy="the checkpoint is incomplete",
     )

@@ -232,8 +232,7 @@ def _names(module: Module, source: TensorSource) -> dict[str, str]:
     if module.kind != "Experts":
         return stored.tensors(source, module)
     ends = {"weight": "", "weight_scale_inv": "_scale_inv", "activation_scale": "_activation_scale"}
-    there = set(source.names())
-    return {name: module.weight + end for name, end in ends.items() if module.weight + end in there}
+    return {name: module.weight + end for name, end in ends.items() if module.weight + end in source.names()}
 
 
 def _beside(module: Module) -> tuple[str, ...]:

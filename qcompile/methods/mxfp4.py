@@ -96,7 +96,7 @@ class Mxfp4(Method):
     def _stored(
         self, config: Mxfp4Config, module: Module, names: dict[str, str], source: TensorSource
     ) -> Skip | Quantized:
-        there = [name for name in source.names() if name.startswith(module.path)]
+        there = source.names().under(module.path)
         if names[BLOCKS] not in there and module.weight in there:
             return Skip("the checkpoint stores its weight dense")
         missing = [name for name in names.values() if name not in there]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def tensors(source: TensorSource, module: Module) -> dict[str, str]:
     """The source tensors of a module: the name within the module -> the whole name."""
     start = module.weight.removesuffix("weight")
-    return {name[len(start) :]: name for name in source.names() if name.startswith(start)}
+    return {name[len(start) :]: name for name in source.names().under(start)}
 
 
 def require(names: Mapping[str, str], wanted: Sequence[str], module: Module, method: str) -> None:
