@@ -135,7 +135,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         "no target is called 'gpu', did you mean 'cpu'?\n"
         "  found:    'gpu'\n"
         "  expected: cpu, cpu:native, cpu:x86-64-v4-vnni, cpu:x86-64-v3, cpu:aarch64, cuda, cuda:sm_80, cuda:sm_86, cuda:sm_89, "
-        "cuda:sm_90, cuda:sm_100, cuda:sm_120, reference",
+        "cuda:sm_90, cuda:sm_100, cuda:sm_120, rocm, rocm:gfx942, reference",
     ),
     (
         {"accuracy": "int4"},
