@@ -23,6 +23,7 @@ from qcompile.lowering.triton.text import cast, module
 from qcompile.target import Target
 
 TEMPLATE = "attention"
+LEAST_SCALE = 1e-20
 RESULTS = ("y", "sums", "stats")
 
 
@@ -195,7 +196,6 @@ def emit(params: dict[str, Any], target: Target) -> Source:
         *_shared_out(p),
         f"for step in range({'begin, end, parts' if p.part else 'begin, end'}):",
         *(f"    {line}" for line in _step(p, size, target)),
-        *([] if _factor(p) is None else [f"total = tl.where(most > {LOW}, total, 0.0)"]),
         *(_sums(p) if p.part else _result(p, target)),
     ]
     about = (
@@ -289,8 +289,8 @@ def _step(p: Params, size: Tile, target: Target) -> list[str]:
 
 
 def _raw(p: Params) -> bool:
-    """Whether scores are left unscaled until they are shares."""
-    return not p.softcap and (p.mask is None or p.mask.dtype == "bool")
+    """Whether scores are left unscaled until they are shares: with a scale that keeps their order, and `LOW` far below 0."""
+    return not p.softcap and p.scale > LEAST_SCALE and (p.mask is None or p.mask.dtype == "bool")
 
 
 def _factor(p: Params) -> float | None:

@@ -201,6 +201,13 @@ def test_sdpa_with_a_mask(mask: str) -> None:
     assert made.kernels == ["attention", "pointwise"]  # the output is copied to the order of its dimensions
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-35])
+def test_sdpa_with_a_scale_that_turns_scores(scale: float) -> None:
+    given = [values(1, 2, 7, 12), values(1, 2, 21, 12, seed=1), values(1, 2, 21, 12, seed=2)]
+    mask, sdpa = MASKS["bool, rows of nothing"](1, 2, 7, 21), torch.ops.aten.scaled_dot_product_attention.default
+    agrees(lambda q, k, v, m: sdpa(q, k, v, m, scale=scale), [*given, mask], rtol=4e-3, atol=4e-3)
+
+
 def test_rope_alone() -> None:
     for b, tables, s, width in ((2, 1, 19, 6), (2, 2, 1, 10)):
         given = [values(b, s, 3, 10), values(tables, s, width, seed=1), values(tables, s, width, seed=2)]
