@@ -226,7 +226,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_edit_is_refused_or_sound(fuzzed, data):
     path, originals = fuzzed
@@ -349,7 +349,7 @@ def test_an_extra_tensor_is_named(folder):
     refused(folder, "a weight is not used\n  where:    z")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=80), st.integers(0, 100))
 def test_random_weights_files(data, length):
     for candidate in (data, length.to_bytes(8, "little") + data):

@@ -140,7 +140,7 @@ def integers(draw: st.DrawFn, depth: int = 4) -> Expr:
     return left // small * small + left % small
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(integers(), st.sampled_from([1, 2, 4, 8]), st.integers(0, 63))
 def test_simplifying_never_changes_a_value(expr: Expr, step: int, least: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -65,7 +65,7 @@ def test_dimensions_of_one_element_may_have_any_stride() -> None:
     assert view.is_contiguous
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.permutations(range(4)), st.integers(0, 3), st.integers(0, 2))
 def test_reshape_after_permute_agrees_with_torch(order: list[int], axis: int, first: int) -> None:
     view, data = start()

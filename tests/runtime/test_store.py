@@ -107,7 +107,7 @@ def test_a_failed_rename_puts_the_old_artifact_back(tmp_path, monkeypatch):
     assert snapshot(path) == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
