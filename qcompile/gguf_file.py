@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 import struct
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import Names, TensorInfo, dtype_name, missing, tensor_at
+from qcompile.sources import Table, TensorInfo, dtype_name, tensor_at
 
 MAX_TENSORS, MAX_KEYS, MAX_NAME, MAX_RANK = 1_000_000, 100_000, 65_535, 4
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -114,7 +113,7 @@ class _Cursor:
         return [self.string() for _ in range(self.count("strings in an array", len(self.data) // 8))]
 
 
-class GgufFile:
+class GgufFile(Table[_Stored]):
     """A GGUF file (version 2 or 3, little endian) as a source of tensors under their GGUF names.
 
     `metadata` maps keys to numbers, strings and lists. A tensor in blocks is read as u8 [..., bytes of a row] and its
@@ -178,23 +177,11 @@ class GgufFile:
         shape = (*shape[:-1], shape[-1] // weights * size)
         return name, TensorInfo("u8", shape, encoding), torch.uint8, math.prod(shape), offset
 
-    @functools.cached_property
-    def _names(self) -> Names:
-        return Names(self._tensors)
-
-    def names(self) -> Names:
-        return self._names
-
-    def _stored(self, name: str) -> _Stored:
-        if name not in self._tensors:
-            raise missing(name, self)
-        return self._tensors[name]
-
     def info(self, name: str) -> TensorInfo:
-        return self._stored(name).info
+        return self._held(name).info
 
     def read(self, name: str) -> torch.Tensor:
-        stored = self._stored(name)
+        stored = self._held(name)
         return tensor_at(self._data, stored.begin, stored.end, stored.dtype, stored.info.shape)
 
     def header(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import mmap
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import CheckpointError
-from qcompile.sources import Names, TensorInfo, TensorSource, dtype_name, listing, missing, tensor_at
+from qcompile.sources import Table, TensorInfo, TensorSource, dtype_name, listing, tensor_at
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER, MAX_INDEX, MAX_RANK = 100_000_000, 200_000_000, 16
@@ -115,7 +114,7 @@ def _check_whole(path: Path, tensors: Mapping[str, _Stored], at: int, size: int)
 
 
 @dataclass
-class SafetensorsFolder:
+class SafetensorsFolder(Table[_Stored]):
     """The tensors of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
     Headers are read and checked on creation; `read` maps the file and copies nothing, unless `mapped` is False: then it
@@ -174,24 +173,12 @@ class SafetensorsFolder:
                 place = "nowhere" if found is None else found.path.name
                 raise _damaged(index, f"tensor '{name}' is not where the index says", place, file)
 
-    @functools.cached_property
-    def _names(self) -> Names:
-        return Names(self._tensors)
-
-    def names(self) -> Names:
-        return self._names
-
-    def _stored(self, name: str) -> _Stored:
-        if name not in self._tensors:
-            raise missing(name, self)
-        return self._tensors[name]
-
     def info(self, name: str) -> TensorInfo:
-        stored = self._stored(name)
+        stored = self._held(name)
         return TensorInfo(dtype_name(stored.dtype), stored.shape)
 
     def read(self, name: str) -> torch.Tensor:
-        stored = self._stored(name)
+        stored = self._held(name)
         if not self.mapped:
             copy = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
             with stored.path.open("rb") as file:

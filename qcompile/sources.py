@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import functools
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
 
@@ -96,7 +97,7 @@ class TensorSource(Protocol):
     def describe(self) -> str: ...
 
 
-def missing(name: str, source: TensorSource) -> CheckpointError:
+def missing(name: str, source: TensorSource | Table[Any]) -> CheckpointError:
     """The error for a tensor `name` that `source` does not hold."""
     names = source.names()
     return CheckpointError(
@@ -106,6 +107,30 @@ def missing(name: str, source: TensorSource) -> CheckpointError:
         expected=name,
         remedy="check that the checkpoint is complete and belongs to this architecture",
     )
+
+
+Held = TypeVar("Held")
+
+
+class Table(ABC, Generic[Held]):
+    """A source that knows all it holds by name: `_tensors`, complete once it is made."""
+
+    _tensors: dict[str, Held]
+
+    @functools.cached_property
+    def _names(self) -> Names:
+        return Names(self._tensors)
+
+    def names(self) -> Names:
+        return self._names
+
+    def _held(self, name: str) -> Held:
+        if name not in self._tensors:
+            raise missing(name, self)
+        return self._tensors[name]
+
+    @abstractmethod
+    def describe(self) -> str: ...
 
 
 def tensor_at(memory: mmap.mmap, begin: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -126,7 +151,7 @@ def listing(folder: Path) -> str:
 
 
 @dataclass
-class ModuleState:
+class ModuleState(Table[torch.Tensor]):
     """The parameters and persistent buffers of a live module; a tensor that several modules share has one name."""
 
     module: torch.nn.Module
@@ -135,19 +160,13 @@ class ModuleState:
         kept = self.module.state_dict(keep_vars=True).keys()
         named = [*self.module.named_parameters(), *((n, b) for n, b in self.module.named_buffers() if n in kept)]
         self._tensors = {name: tensor.detach() for name, tensor in named}
-        self._names = Names(self._tensors)
-
-    def names(self) -> Names:
-        return self._names
 
     def info(self, name: str) -> TensorInfo:
         tensor = self.read(name)
         return TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape))
 
     def read(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise missing(name, self)
-        return self._tensors[name]
+        return self._held(name)
 
     def header(self) -> Mapping[str, str]:
         return {}
