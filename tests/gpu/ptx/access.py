@@ -26,8 +26,17 @@ def _space(name: tuple[str, ...]) -> str:
     raise Fault("an access without a space")
 
 
-def _own(lanes: Lanes, space: str, at: Array) -> tuple[Own, Array]:
-    return (lanes.shared, lanes.block[at]) if space == "shared" else (lanes.local, at)
+def _elements(
+    lanes: Lanes, space: str, address: Operand | None, at: Array, type_: str, count: int = 1
+) -> tuple[Array, Array, Own | None]:
+    """Where accesses of `count` elements begin, in bytes; all elements of that memory; whose it is, None for the global one."""
+    dtype = np.dtype(DTYPES[type_])
+    if space == "global":
+        places = lanes.memory.places(addresses(lanes, address, "u64", at), dtype.itemsize * count)
+        return places, lanes.memory.view(dtype), None
+    own, owners = (lanes.shared, lanes.block[at]) if space == "shared" else (lanes.local, at)
+    places = own.places(owners, addresses(lanes, address, "u32", at), dtype.itemsize * count)
+    return places, own.bytes.view(dtype), own
 
 
 def _shape(name: tuple[str, ...]) -> tuple[str, int]:
@@ -44,15 +53,10 @@ def load(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
         return lanes.write(to, np.array(value, DTYPES["u64"]).astype(DTYPES[type_]), mask)
     at = lanes.chosen(mask)
     size = np.dtype(DTYPES[type_]).itemsize
-    if space == "global":
-        places = lanes.memory.places(addresses(lanes, address, "u64", at), size * count)
-        whole = lanes.memory.view(np.dtype(DTYPES[type_]))
-    else:
-        own, owners = _own(lanes, space, at)
-        places = own.places(owners, addresses(lanes, address, "u32", at), size * count)
+    places, whole, own = _elements(lanes, space, address, at, type_, count)
+    if own is not None:
         for i in range(count):
             own.check(places + size * i, size)
-        whole = own.bytes.view(DTYPES[type_])
     for i, each in enumerate(to if isinstance(to, tuple) else (to,)):
         values = whole[places // size + i]
         if mask is not None:
@@ -65,15 +69,10 @@ def store(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
     address, given = ins.operands[:2]
     space, (type_, count) = _space(ins.name), _shape(ins.name)
     at, size = lanes.chosen(mask), np.dtype(DTYPES[type_]).itemsize
-    if space == "global":
-        places = lanes.memory.places(addresses(lanes, address, "u64", at), size * count)
-        whole = lanes.memory.view(np.dtype(DTYPES[type_]))
-    else:
-        own, owners = _own(lanes, space, at)
-        places = own.places(owners, addresses(lanes, address, "u32", at), size * count)
+    places, whole, own = _elements(lanes, space, address, at, type_, count)
+    if own is not None:
         for i in range(count):
             own.mark(places + size * i, size)
-        whole = own.bytes.view(DTYPES[type_])
     for i, each in enumerate(given if isinstance(given, tuple) else (given,)):
         whole[places // size + i] = lanes.full(each, type_)[at]
 
@@ -86,13 +85,9 @@ def atom(lanes: Lanes, ins: Instruction, mask: Array | None) -> None:
         part for part in ins.name if part in ("add", "and", "or", "xor", "exch", "min", "max", "cas", "inc", "dec")
     )
     at, size, change = lanes.chosen(mask), np.dtype(DTYPES[type_]).itemsize, atomic(kind, DTYPES[type_])
-    if space == "global":
-        places = lanes.memory.places(addresses(lanes, address, "u64", at), size)
-        whole = lanes.memory.view(np.dtype(DTYPES[type_]))
-    else:
-        places = lanes.shared.places(lanes.block[at], addresses(lanes, address, "u32", at), size)
-        lanes.shared.check(places, size)
-        whole = lanes.shared.bytes.view(DTYPES[type_])
+    places, whole, own = _elements(lanes, space, address, at, type_)
+    if own is not None:
+        own.check(places, size)
     values = [lanes.full(each, type_) for each in given]
     old = np.zeros(lanes.count, DTYPES[type_])
     for i, place in zip(at, places // size, strict=True):
